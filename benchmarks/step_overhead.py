@@ -1,0 +1,127 @@
+"""What masks cost in a training step: a 25 M-parameter Llama, AdamW, CPU, beside torch's and Lightning's own pruning.
+
+    python benchmarks/step_overhead.py
+
+All variants train in one process and take turns step by step, in an order that rotates. Every ratio compares steps of
+the same turn; "plain again" is a second plain training and shows the noise. Steps on which masks change are measured
+apart: the cost over ten steps is that of nine steps between and one change.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+
+import torch
+from measure import limit, print_table, random_batches, seconds, spread, to_device, write_result
+from training import INTERVAL, SPARSITY, VARIANTS, Shape, Variant
+
+NUM_WARM = 2
+SHAPE = Shape(
+    width=512, ffn=1408, num_layers=7, num_heads=8, vocab=4096, device=torch.device("cpu"), dtype=torch.float32
+)
+
+
+def prepare(shape: Shape, names: Sequence[str], *, size: int, length: int, seed: int) -> dict[str, Variant]:
+    """Start one training for each name, all from the same weights and over the same batches."""
+    batches = random_batches(num=4, size=size, length=length, vocab=shape.vocab, seed=seed)
+    batches = [to_device(batch, shape.device) for batch in batches]
+    variants = {}
+    for name in names:
+        variants[name] = shape.plain(batches, seed)
+        make = VARIANTS[name]
+        if make is not None:
+            make(variants[name])
+    return variants
+
+
+def take_turns(variants: dict[str, Variant], num_rounds: int) -> dict[str, list[float]]:
+    """Return seconds of every step after warming up; step k of each list belongs to the same turn."""
+    names = list(variants)
+    for _ in range(NUM_WARM):
+        for name in names:
+            variants[name].step()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(num_rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(seconds(variants[name].step))
+    return times
+
+
+def compare(times: dict[str, list[float]]) -> list[dict[str, object]]:
+    """Return a row per variant: median seconds, and its ratio to plain between changes, at changes, over ten steps."""
+    rows = []
+    for name, values in times.items():
+        ratios = [value / plain for value, plain in zip(values, times["plain"], strict=True)]
+        at_change = [(NUM_WARM + turn) % INTERVAL == 0 for turn in range(len(ratios))]
+        between = [ratio for ratio, is_change in zip(ratios, at_change, strict=True) if not is_change]
+        changes = [ratio for ratio, is_change in zip(ratios, at_change, strict=True) if is_change]
+        row: dict[str, object] = {"variant": name, "seconds": spread(values), "ratio": spread(between)}
+        if name in ("masks change every 10 steps", "same, by Taylor"):
+            row["ratio_at_change"] = spread(changes)
+            middle = statistics.median
+            row["ratio_over_10_steps"] = round((9 * middle(between) + middle(changes)) / 10, 5)
+        rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[dict]) -> None:
+    """Print the table."""
+    cells = []
+    for row in rows:
+        ratio = row["ratio"]
+        at_change = row.get("ratio_at_change", {}).get("median", "")
+        cells.append(
+            [
+                row["variant"],
+                f"{1000 * row['seconds']['median']:.1f}",
+                f"{ratio['median']:.4f}",
+                f"{ratio['low']:.3f}-{ratio['high']:.3f}",
+                at_change and f"{at_change:.3f}",
+                row.get("ratio_over_10_steps", ""),
+            ]
+        )
+    print_table(("variant", "ms a step", "/ plain", "quartiles", "at change", "over 10 steps"), cells)
+
+
+def limits(rows: Sequence[dict], held_at_most: float, changing_at_most: float | None) -> list[dict[str, object]]:
+    """Compare with what was promised."""
+    row_of = {row["variant"]: row for row in rows}
+    found = [limit("training step, masks held / plain", row_of["masks held"]["ratio"]["median"], held_at_most)]
+    if changing_at_most is not None:
+        ratio = row_of["masks change every 10 steps"]["ratio_over_10_steps"]
+        found.append(limit("training step, masks changing every 10 steps / plain", ratio, changing_at_most))
+    return found
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--size", type=int, default=4, help="sequences in a batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    variants = prepare(SHAPE, list(VARIANTS), size=args.size, length=args.length, seed=args.seed)
+    num_parameters = sum(p.numel() for p in variants["plain"].model.parameters())
+    rows = compare(take_turns(variants, args.rounds))
+    show(rows)
+    write_result(
+        "step_overhead",
+        seed=args.seed,
+        settings={
+            "num_parameters": num_parameters,
+            "batch": f"{args.size} sequences of {args.length} tokens",
+            "optimizer": "torch.optim.AdamW, defaults",
+            "dtype": "float32",
+            "sparsity": SPARSITY,
+            "rounds": args.rounds,
+        },
+        rows=rows,
+        limits=limits(rows, 1.03, 1.08),
+        notes=["ModelPruning and torch.nn.utils.prune hold fixed masks: compare them with 'masks held'."],
+    )
+
+
+if __name__ == "__main__":
+    main()

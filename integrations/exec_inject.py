@@ -1,0 +1,174 @@
+"""Run an unmodified training program with the pruning callback in every Trainer it constructs.
+
+The program runs in a process of its own. Its environment names the recipe and puts `exec_site/` in front of PYTHONPATH;
+the `sitecustomize.py` in there hands the arguments of every Trainer construction to `add_callback`. Because the
+environment alone carries this, it reaches all Python processes the program starts: the workers of torchrun and
+accelerate, the ranks that Lightning starts.
+
+Not reached: interpreters started with -E, -I or -S, and programs that clear PYTHONPATH. `run_exec` sees it and says so.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.integrations.exec_process import run_process
+from lightning_prune.recipe import Recipe
+
+__all__ = ["EXIT_NOT_PRUNED", "add_callback", "run_exec"]
+
+EXIT_NOT_PRUNED = 3
+
+_RECIPE = "LIGHTNING_PRUNE_EXEC_RECIPE"  # packaged name or absolute path
+_MARKER = "LIGHTNING_PRUNE_EXEC_MARKER"  # file to which every process appends what happened
+_MODULES = "LIGHTNING_PRUNE_EXEC_MODULES"  # modules whose class Trainer gets the callback
+_HOME = "LIGHTNING_PRUNE_EXEC_HOME"  # folder to import this library from where the program's own path lacks it
+
+_CONSTRUCTED, _TRAINED = "constructed", "trained"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """Where the callback for one Trainer class lives, and which of its methods says that training begins."""
+
+    module: str
+    begin: str
+
+
+_ADAPTERS: Mapping[str, _Adapter] = {
+    "transformers.trainer": _Adapter("lightning_prune.integrations.hf_trainer", "on_train_begin"),
+    "lightning.pytorch.trainer.trainer": _Adapter("lightning_prune.integrations.lightning_trainer", "on_fit_start"),
+    "pytorch_lightning.trainer.trainer": _Adapter("lightning_prune.integrations.lightning_trainer", "on_fit_start"),
+}
+
+
+def run_exec(recipe: str, command: Sequence[str]) -> int:
+    """Run a training program with the recipe's callback added to its Trainers.
+
+    Args:
+        recipe: path of a recipe or name of a packaged one; read before the program starts.
+        command: `script.py args`, `-m module args`, or an executable with arguments (`torchrun ...`, `trl sft ...`).
+
+    Returns:
+        The program's exit code, 128 + n if signal n ended it. `EXIT_NOT_PRUNED` if it succeeded but no Trainer with a
+        pruning callback trained.
+
+    Raises:
+        ValueError: if the recipe is wrong, the command is empty or its executable cannot be found.
+    """
+    argv = _argv(command)
+    Recipe.load(recipe)
+    with tempfile.TemporaryDirectory(prefix="lightning_prune_exec_") as folder:
+        marker = Path(folder, "marker")
+        code = run_process(argv, _environment(recipe, marker))
+        if code != 0:
+            return code
+        events = set(marker.read_text(encoding="ascii").splitlines()) if marker.exists() else set()
+    if _TRAINED in events:
+        return 0
+    logger.error("nothing was pruned: %s", _explanation(shlex.join(command), was_constructed=_CONSTRUCTED in events))
+    return EXIT_NOT_PRUNED
+
+
+def add_callback(
+    module_name: str, construct: Callable[..., None], trainer: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Add the pruning callback to the arguments of a Trainer under construction, unless one is among them.
+
+    Args:
+        module_name: module that defines the Trainer class.
+        construct: its unchanged `__init__`.
+        trainer: the instance under construction.
+        args: positional arguments, without the instance.
+        kwargs: keyword arguments.
+
+    Returns:
+        Positional and keyword arguments to construct with.
+    """
+    try:
+        bound = inspect.signature(construct).bind(trainer, *args, **kwargs)
+    except TypeError:
+        return args, kwargs  # the Trainer itself says best what is wrong with its arguments
+    callback_class = _callback_class(_ADAPTERS[module_name])
+    given = bound.arguments.get("callbacks")
+    callbacks = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    if not any(isinstance(callback, callback_class) for callback in callbacks):
+        callbacks.append(callback_class(os.environ[_RECIPE]))
+    bound.arguments["callbacks"] = callbacks
+    _mark(_CONSTRUCTED)
+    return bound.args[1:], bound.kwargs
+
+
+@functools.cache
+def _callback_class(adapter: _Adapter) -> type:
+    """Import a callback class and let its instances, the program's own among them, mark that training begins."""
+    callback_class: type = importlib.import_module(adapter.module).PruningCallback
+    begin = getattr(callback_class, adapter.begin)
+
+    @functools.wraps(begin)
+    def begin_and_mark(*args: Any, **kwargs: Any) -> object:
+        result = begin(*args, **kwargs)
+        _mark(_TRAINED)
+        return result
+
+    setattr(callback_class, adapter.begin, begin_and_mark)
+    return callback_class
+
+
+def _mark(event: str) -> None:
+    # The folder is gone when `run_exec` returned before this process ended: nobody is left to read the mark.
+    with contextlib.suppress(FileNotFoundError), open(os.environ[_MARKER], "a", encoding="ascii") as marker:
+        marker.write(event + "\n")
+
+
+def _argv(command: Sequence[str]) -> list[str]:
+    if not command:
+        raise ValueError("exec needs a command after --: SCRIPT.py ARGS, -m MODULE ARGS, or an executable")
+    program = command[0]
+    if program.startswith("-") or program.endswith(".py"):
+        return [sys.executable, *command]
+    if shutil.which(program) is None:
+        raise ValueError(
+            f"no executable {program!r} can be found; give SCRIPT.py ARGS, -m MODULE ARGS, or an executable on PATH "
+            "such as torchrun, accelerate or trl"
+        )
+    return list(command)
+
+
+def _environment(recipe: str, marker: Path) -> dict[str, str]:
+    path = [str(Path(__file__).resolve().parent / "exec_site")]
+    if os.environ.get("PYTHONPATH"):  # an empty entry would mean the current folder
+        path.append(os.environ["PYTHONPATH"])
+    return os.environ | {
+        _RECIPE: os.path.abspath(recipe) if os.path.exists(recipe) else recipe,
+        _MARKER: str(marker),
+        _MODULES: os.pathsep.join(_ADAPTERS),
+        _HOME: str(Path(inspect.getfile(Recipe)).resolve().parents[1]),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def _explanation(program: str, *, was_constructed: bool) -> str:
+    if was_constructed:
+        return (
+            f"{program!r} ended well and constructed a Trainer with a pruning callback, but did not train it; does it "
+            "need an option such as --do_train?"
+        )
+    return (
+        f"{program!r} ended well, but no Trainer of transformers or Lightning was seen in it. Either it trains "
+        "without one (then attach lightning_prune.Sparsifier in its loop), or its interpreter was started with -E, -I "
+        "or -S, or something cleared PYTHONPATH, or its Trainer lives on another machine (then run exec there)"
+    )

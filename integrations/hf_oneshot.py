@@ -1,0 +1,263 @@
+"""Open a Hugging Face causal language model, prune it once from calibration text, and write it again.
+
+Shapes: N sequences, T tokens of each.
+"""
+
+import importlib
+import json
+import logging
+import random
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lightning_prune import report_page
+from lightning_prune.export.dense import export_dense
+from lightning_prune.export.folder import check_free
+from lightning_prune.export.huggingface import export_huggingface
+from lightning_prune.recipe import Recipe
+from lightning_prune.types import Report
+
+__all__ = [
+    "calibration_batches",
+    "calibration_windows",
+    "export_model",
+    "load_model",
+    "prune_and_write",
+    "read_texts",
+    "run_oneshot",
+]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 2048  # tokens; the length used by the papers that prune from calibration text
+
+
+def run_oneshot(
+    config: str,
+    *,
+    model: str,
+    out: str,
+    overrides: Sequence[str] = (),
+    data: str | None = None,
+    num_sequences: int = 128,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> Report:
+    """Prune a model once and write it, with a report if the recipe names a folder for that.
+
+    Args:
+        config: a packaged recipe name or a path.
+        model: a model folder or a hub id.
+        out: a folder that does not exist yet or is empty.
+        overrides: `section.key=value` for the recipe.
+        data: calibration text, see `read_texts`.
+        num_sequences: calibration sequences.
+        sequence_length: tokens per sequence; the longest the model reads, 2048 at most, if left out.
+        batch_size: sequences that go through the model together.
+        device: a torch device, or `auto` for an accelerator if there is one.
+
+    Raises:
+        ValueError: if an input is wrong; nothing has been written then.
+    """
+    recipe = Recipe.load(config, overrides=overrides)
+    _check(recipe, out)
+    texts = read_texts(data, seed=recipe.seed)
+    network, tokenizer = load_model(model, device=device)
+    batches: list[dict[str, Tensor]] = []
+    if recipe.prune.scorer.needs:
+        length = sequence_length or min(_LONGEST, _longest(network))
+        windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
+        batches = calibration_batches(windows_NT, batch_size=batch_size, device=network.device)
+    return prune_and_write(recipe, network, tokenizer, batches, out=out)
+
+
+def prune_and_write(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, batches: Sequence[Mapping[str, Tensor]], *, out: str
+) -> Report:
+    """Evaluate, prune once, evaluate, export, and write the report, each as far as the recipe asks for it."""
+    sparsifier = recipe.sparsifier()
+    evaluations = _evaluate(recipe, model, tokenizer, "start", sparsifier.measure(model))
+    report = sparsifier.prune_once(model, batches)
+    evaluations += _evaluate(recipe, model, tokenizer, "end", report)
+    _export(recipe, model, out, tokenizer=tokenizer, report=report)
+    logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
+    if recipe.report.dir is not None:
+        page = report_page.write_report(
+            recipe.report.dir,
+            report=report.as_dict(),
+            history=sparsifier.history,
+            evaluations=evaluations,
+            recipe_text=recipe.dump(),
+        )
+        logger.info("report: %s", page)
+    return report
+
+
+def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Open a causal language model and its tokenizer, the tokenizer None where there is none.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{name} is no model folder: it holds no config.json")
+    if not folder.exists() and name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no model folder {name}; name a folder with a config.json, or a hub id")
+    source = str(folder) if folder.exists() else name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source)
+    except OSError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot open the model {name!r}: {first}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        logger.warning("%s has no tokenizer", name)
+        tokenizer = None
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else accelerator.type
+    return model.to(device).eval(), tokenizer
+
+
+def read_texts(data: str | None, *, seed: int = 0) -> Iterator[str]:
+    """Return documents: of a .jsonl file the field `text`, of any other file the whole, else Python's own sources.
+
+    Args:
+        data: a file, or None.
+        seed: order of Python's source files.
+
+    Raises:
+        ValueError: if the file does not exist.
+    """
+    if data is not None and not Path(data).is_file():
+        raise ValueError(f"the calibration text {data} does not exist; name a .txt or .jsonl file")
+    return _python_sources(seed) if data is None else _documents(Path(data))
+
+
+def calibration_windows(tokenizer: Any, texts: Iterator[str], *, num_sequences: int, sequence_length: int) -> Tensor:
+    """Tokenise documents one after the other and cut the tokens into windows.
+
+    Returns:
+        ids_NT.
+
+    Raises:
+        ValueError: if there is no tokenizer or the text is too short.
+    """
+    if tokenizer is None:
+        raise ValueError("calibration needs a tokenizer, and the model has none; save one into its folder")
+    if min(num_sequences, sequence_length) < 1:
+        raise ValueError(f"num_sequences and sequence_length must be 1 or more, got {num_sequences}, {sequence_length}")
+    wanted = num_sequences * sequence_length
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(tokenizer(text, verbose=False)["input_ids"])
+        if len(ids) >= wanted:
+            return torch.tensor(ids[:wanted]).reshape(num_sequences, sequence_length)
+    raise ValueError(
+        f"the calibration text gives {len(ids)} tokens, {num_sequences} sequences of {sequence_length} need {wanted}; "
+        f"give more text, or --num_sequences {len(ids) // sequence_length}, or a shorter --sequence_length"
+    )
+
+
+def calibration_batches(ids_NT: Tensor, *, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Return batches for `model(**batch)`, labels included for methods that need a gradient."""
+    return [{"input_ids": ids.to(device), "labels": ids.to(device)} for ids in ids_NT.split(batch_size)]
+
+
+def export_model(name: str, out: str, *, form: str) -> Path:
+    """Write a model folder in another form.
+
+    Args:
+        name: a model folder or a hub id, for example a checkpoint of a training run.
+        out: a folder that does not exist yet or is empty.
+        form: `dense` or `huggingface`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: if the model cannot be opened or the folder is not empty.
+    """
+    check_free(out)
+    model, tokenizer = load_model(name, device="cpu")
+    if form == "dense":
+        return export_dense(model, out)
+    return export_huggingface(model, out, tokenizer=tokenizer)
+
+
+def _longest(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, "max_position_embeddings", None) or _LONGEST)
+
+
+def _documents(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        if path.suffix != ".jsonl":
+            yield file.read()
+            return
+        for number, line in enumerate(file, start=1):
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON object with a field text") from error
+            yield text
+
+
+def _python_sources(seed: int) -> Iterator[str]:
+    """Yield Python's own modules, tests and installed packages left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    paths = sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
+    random.Random(seed).shuffle(paths)
+    for path in paths:
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _check(recipe: Recipe, out: str) -> None:
+    """Let everything that can be wrong be said before the model is loaded."""
+    check_free(out)
+    if recipe.report.dir is not None:
+        report_page.check_requirements()
+    if recipe.evaluate is not None:
+        _harness().check_tasks(list(recipe.evaluate.tasks), recipe.evaluate.include_path)
+
+
+def _export(recipe: Recipe, model: PreTrainedModel, out: str, *, tokenizer: Any, report: Report) -> None:
+    """Write the model in the recipe's form, a Hugging Face folder if it names none."""
+    if recipe.export is not None and recipe.export.format == "dense":
+        export_dense(model, out, report=report, recipe=recipe.as_dict())
+    else:
+        export_huggingface(model, out, tokenizer=tokenizer, report=report, recipe=recipe.as_dict())
+
+
+def _harness() -> Any:
+    return importlib.import_module("lightning_prune.integrations.lm_eval_harness")
+
+
+def _evaluate(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, moment: Literal["start", "end"], report: Report
+) -> list[dict[str, object]]:
+    """Return the entry for the report, or an empty list if the recipe does not evaluate at this moment."""
+    options = recipe.evaluate
+    if options is None or moment not in options.at:
+        return []
+    results = _harness().evaluate_model(
+        model,
+        tokenizer,
+        tasks=list(options.tasks),
+        include_path=options.include_path,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        num_fewshot=options.num_fewshot,
+    )
+    summary = {key: value for key, value in report.as_dict().items() if key != "targets"}
+    label = "before" if moment == "start" else "after"
+    return [{"label": label, "step": report.step, "report": summary, "results": results}]

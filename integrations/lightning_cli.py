@@ -1,0 +1,147 @@
+"""Train and prune from the command line: LightningCLI with the recipe's callback added.
+
+The recipe's `trainer`, `model` and `data` sections are LightningCLI's and take every option it takes; the library's own
+sections are read by `lightning_prune.recipe`, as in every other way of running a recipe.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning_prune.integrations.lightning_trainer import PruningCallback
+
+from lightning_prune.recipe import Recipe
+
+__all__ = ["RecipeCLI", "run_recipe"]
+
+logger = logging.getLogger(__name__)
+
+_CAUSAL_LM = "lightning_prune.integrations.causal_lm.CausalLM"
+_SECTIONS = ("trainer", "model", "data")
+
+
+def run_recipe(
+    config: str,
+    arguments: Sequence[str] = (),
+    *,
+    overrides: Sequence[str] = (),
+    ckpt_path: str | None = None,
+    print_config: bool = False,
+) -> int:
+    """Train the recipe's model on its data with its pruning, or show what would run.
+
+    Args:
+        config: a packaged recipe name or a path.
+        arguments: command-line arguments for the trainer, model and data sections.
+        overrides: `section.key=value` for the library's own sections.
+        ckpt_path: a checkpoint to resume from.
+        print_config: print the whole configuration and do nothing.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: if the recipe or an argument is wrong.
+    """
+    recipe = Recipe.load(config, overrides=overrides)
+    arguments = list(_name_model(recipe, arguments))
+    if recipe.model is None and not any(argument.startswith("--model") for argument in arguments):
+        raise ValueError(f"recipe {recipe.name} has no model section; give --model a class, a path or a hub id")
+    try:
+        cli = RecipeCLI(recipe, arguments, is_dry=print_config)
+    except ArgumentError as error:
+        raise ValueError(f"{config}: {' '.join(str(error).split())}") from error
+    if print_config:
+        print(cli.whole_config(), end="")  # noqa: T201
+        return 0
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
+    return 0
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI over the `trainer`, `model` and `data` sections of a recipe."""
+
+    def __init__(self, recipe: Recipe, arguments: Sequence[str], *, is_dry: bool = False) -> None:
+        self.recipe = recipe
+        self._is_dry = is_dry
+        sections = {key: getattr(recipe, key) for key in _SECTIONS if getattr(recipe, key) is not None}
+        super().__init__(
+            args=["--config", yaml.safe_dump(sections), *arguments] if sections else list(arguments),
+            run=False,
+            seed_everything_default=recipe.seed,
+            trainer_defaults={"callbacks": [] if is_dry else [PruningCallback(recipe)]},
+            save_config_callback=_SaveWholeConfig,
+            save_config_kwargs={"text": self.whole_config, "overwrite": True},
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data, unless only the configuration is wanted."""
+        if not self._is_dry:
+            super().instantiate_classes()
+
+    def whole_config(self) -> str:
+        """Return the recipe as YAML, with every trainer, model and data option written out."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
+        sections = {key: config[key] for key in _SECTIONS if config.get(key) is not None}
+        return yaml.safe_dump(self.recipe.as_dict() | sections, sort_keys=False, width=120)
+
+
+class _SaveWholeConfig(SaveConfigCallback):
+    """Save the recipe as it ran beside the logs, in a form that `run --config` reads."""
+
+    def __init__(self, *args: Any, text: Any, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        self._text = text
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml` into the run's log folder, if it has one."""
+        if trainer.log_dir is not None and trainer.is_global_zero:
+            from pathlib import Path
+
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.config_filename).write_text(self._text(), encoding="utf-8")
+
+
+def _name_model(recipe: Recipe, arguments: Sequence[str]) -> Iterator[str]:
+    """Turn `--model PATH_OR_HUB_ID` into the `model` argument of the recipe's model class, or of CausalLM."""
+    tokens = iter(arguments)
+    for token in tokens:
+        value = next(tokens, None) if token == "--model" else token.removeprefix("--model=")
+        if token != "--model" and not token.startswith("--model="):
+            yield token
+        elif value is None:
+            raise ValueError("--model needs a value: a class, a path or a hub id")
+        elif _is_class(value):
+            yield f"--model={value}"
+        else:
+            if recipe.model is None:
+                yield f"--model={_CAUSAL_LM}"
+            yield f"--model.model={value}"
+
+
+def _is_class(value: str) -> bool:
+    """Return whether a value names a LightningModule: a dotted path that imports, or the short name of a known one."""
+    module, dot, name = value.rpartition(".")
+    if not dot:
+        return any(cls.__name__ == value for cls in _known_modules(LightningModule))
+    if not all(part.isidentifier() for part in value.split(".")):
+        return False
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise
+
+
+def _known_modules(base: type) -> Iterator[type]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _known_modules(cls)

@@ -1,0 +1,106 @@
+"""Prune inside a Lightning `Trainer`: `Trainer(callbacks=[PruningCallback("train/gradual_magnitude")])`."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.integrations.pruning_run import PruningRun, language_model
+from lightning_prune.recipe import Recipe
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError('PruningCallback needs lightning: pip install "lightning_prune[lightning]"') from error
+
+__all__ = ["PruningCallback"]
+
+
+class PruningCallback(Callback):
+    """Holds masks while a LightningModule trains, logs under `prune/`, and survives a resume.
+
+    Args:
+        recipe: a packaged name such as `train/gradual_magnitude`, a path to a YAML file, or a `Recipe`.
+
+    Raises:
+        ValueError: if the recipe cannot be used.
+    """
+
+    def __init__(self, recipe: str | Path | Recipe) -> None:
+        self.run = PruningRun(recipe)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: after sharding and after a restore, on every strategy."""
+        self.run.start(
+            pl_module,
+            trainer.optimizers,
+            total_steps=_total_steps(trainer),
+            tokenizer=_tokenizer(trainer, pl_module),
+            log=lambda metrics: _log(trainer, metrics),
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what changed, and now and then the loss."""
+        if trainer.global_step % trainer.log_every_n_steps == 0 and isinstance(outputs, dict):
+            self.run.observe({"loss": outputs["loss"]})
+        self.run.after_step()
+        self.log("prune/sparsity", self.run.sparsifier.report().sparsity, prog_bar=True, logger=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pass logged training metrics on."""
+        self.run.observe(dict(trainer.callback_metrics))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pass validation metrics on, to the guard and the report."""
+        if not trainer.sanity_checking and self.run.sparsifier.is_attached:
+            self.run.observe(dict(trainer.callback_metrics))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach, evaluate, report and export."""
+        self.run.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach; teardown is not called after an exception."""
+        self.run.abort()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, statistics and schedule; every rank calls it."""
+        return self.run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hold a saved state until training starts."""
+        self.run.load_state_dict(state_dict)
+
+
+def _total_steps(trainer: Trainer) -> int:
+    """Return the optimizer steps of the whole training.
+
+    Raises:
+        ValueError: if the trainer does not know them.
+    """
+    steps = trainer.estimated_stepping_batches
+    if isinstance(steps, float) and not steps.is_integer():
+        raise ValueError("the length of this training is not known; set max_steps on the Trainer")
+    return int(steps)
+
+
+def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:
+    """Return the tokenizer of the module, of its data, or of the folder its model came from."""
+    for owner in (module, getattr(trainer, "datamodule", None)):
+        found = getattr(owner, "tokenizer", None)
+        if found is not None:
+            return found
+    model: nn.Module | None = language_model(module)
+    folder = getattr(model, "name_or_path", "")
+    if not folder or not Path(folder).is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)

@@ -1,0 +1,123 @@
+"""Make lm-eval tasks from held-out text: choose the true next line, and compress whole texts.
+
+The tasks are plain task files with their data beside them, so any later evaluation can name the folder as `include_path`.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from lightning_prune.integrations.text_data import Document
+
+__all__ = ["NEXT_LINE", "WHOLE_TEXT", "next_line_questions", "write_tasks"]
+
+NEXT_LINE = "next_line"
+WHOLE_TEXT = "whole_text"
+NUM_CHOICES = 4
+
+_CONTEXT = 320  # characters shown before the question
+_LINE = (12, 72)  # characters of a line that can be an answer
+
+
+def next_line_questions(documents: Sequence[Document], *, limit: int, seed: int = 0) -> list[dict[str, object]]:
+    """Ask which line comes next: the true one or three others of the same document.
+
+    The wrong lines are those nearest in length to the true one, from outside the shown context, so length gives nothing away.
+
+    Args:
+        documents: held-out texts.
+        limit: the most questions to make.
+        seed: of the choice of places and of the order of the choices.
+
+    Returns:
+        objects with `context`, `choices` and `answer`, the place of the true line.
+    """
+    rng = random.Random(seed)
+    questions = [question for document in documents for question in _ask(document, rng)]
+    rng.shuffle(questions)
+    return questions[:limit]
+
+
+def _ask(document: Document, rng: random.Random) -> Iterator[dict[str, object]]:
+    lines = document.text.splitlines(keepends=True)
+    usable = [number for number, line in enumerate(lines) if _LINE[0] <= len(line.strip()) <= _LINE[1]]
+    for number in usable[8::8]:
+        first, size = number, 0
+        while first > 0 and size < _CONTEXT:
+            first -= 1
+            size += len(lines[first])
+        true = lines[number].rstrip("\n")
+        shown = {line.strip() for line in lines[first : number + 1]}
+        others = {lines[other].rstrip("\n") for other in usable if lines[other].strip() not in shown}
+        nearest = sorted(others, key=lambda line: (abs(len(line) - len(true)), line))[: NUM_CHOICES - 1]
+        if len(nearest) == NUM_CHOICES - 1:
+            choices = [true, *nearest]
+            rng.shuffle(choices)
+            yield {"context": "".join(lines[first:number]), "choices": choices, "answer": choices.index(true)}
+
+
+def _whole_texts(documents: Sequence[Document], *, max_characters: int) -> Iterator[dict[str, object]]:
+    share = max(1, max_characters // len(documents))
+    for document in documents:
+        yield {"name": document.name, "text": document.text[:share]}
+
+
+def write_tasks(
+    folder: Path, documents: Sequence[Document], *, num_questions: int, max_characters: int, seed: int = 0
+) -> int:
+    """Write both tasks with their data.
+
+    Args:
+        folder: a new folder; the task files name it by its absolute path.
+        documents: held-out texts.
+        num_questions: the most next-line questions to make.
+        max_characters: how much text to compress, an equal share from the start of each document.
+        seed: of the questions.
+
+    Returns:
+        how many questions were made.
+
+    Raises:
+        ValueError: if no question can be made from the documents.
+    """
+    questions = next_line_questions(documents, limit=num_questions, seed=seed)
+    if not questions:
+        raise ValueError(
+            f"no next-line question can be made from {len(documents)} held-out documents; give text with lines of "
+            f"{_LINE[0]} to {_LINE[1]} characters"
+        )
+    folder.mkdir(parents=True)
+    _write_task(folder, NEXT_LINE, questions, _multiple_choice())
+    _write_task(folder, WHOLE_TEXT, list(_whole_texts(documents, max_characters=max_characters)), _rolling())
+    return len(questions)
+
+
+def _write_task(folder: Path, name: str, records: Sequence[dict[str, object]], task: dict[str, object]) -> None:
+    data = folder.absolute() / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    source = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+    text = yaml.safe_dump(source | {"test_split": "test", "num_fewshot": 0} | task, sort_keys=False)
+    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def _multiple_choice() -> dict[str, object]:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
+def _rolling() -> dict[str, object]:
+    return {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+    }

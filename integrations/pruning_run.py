@@ -1,0 +1,198 @@
+"""What a pruning run does around the masks, in any trainer: log, evaluate, keep the report, export.
+
+The adapters call it at their trainer's moments; it knows no trainer.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_prune import distributed, report_page
+from lightning_prune.export.dense import export_dense
+from lightning_prune.export.folder import check_free
+from lightning_prune.export.huggingface import check_huggingface, export_huggingface
+from lightning_prune.recipe import Recipe
+from lightning_prune.types import Report
+
+__all__ = ["PruningRun", "language_model"]
+
+logger = logging.getLogger(__name__)
+Log = Callable[[dict[str, float]], None]
+
+
+def language_model(module: nn.Module) -> nn.Module | None:
+    """Return the outermost Hugging Face model in a module, wrappers looked through, or None."""
+    if hasattr(module, "config") and callable(getattr(module, "save_pretrained", None)):
+        return module
+    return next((found for child in module.children() if (found := language_model(child)) is not None), None)
+
+
+class PruningRun:
+    """One recipe at work in one training.
+
+    Args:
+        recipe: a packaged name, a path, or a recipe.
+
+    Raises:
+        ValueError: if the recipe cannot be used, before any training time is spent.
+        ImportError: if an extra that it asks for is missing.
+    """
+
+    def __init__(self, recipe: "str | Path | Recipe | Mapping[str, Any]") -> None:
+        self.recipe = Recipe.load(recipe)
+        self.sparsifier = self.recipe.sparsifier()
+        self.evaluations: list[dict[str, Any]] = []
+        self._model: nn.Module | None = None
+        self._tokenizer: Any = None
+        self._log: Log = lambda metrics: None
+        self._num_logged = -1
+        self._last_evaluated = -1
+        if self.recipe.report.dir is not None:
+            report_page.check_requirements()
+        if self.recipe.export is not None and self.recipe.export.dir is not None:
+            check_free(self.recipe.export.dir)
+        if self.recipe.evaluate is not None:
+            self._harness().check_tasks(list(self.recipe.evaluate.tasks), self.recipe.evaluate.include_path)
+
+    @staticmethod
+    def _harness() -> Any:
+        return importlib.import_module("lightning_prune.integrations.lm_eval_harness")
+
+    def start(
+        self, model: nn.Module, optimizers: Iterable[object], *, total_steps: int, tokenizer: Any, log: Log
+    ) -> None:
+        """Evaluate the dense model if asked to, then hold masks; collective.
+
+        Args:
+            model: the module being trained, as the trainer has wrapped or sharded it.
+            optimizers: the trainer's.
+            total_steps: optimizer steps of the whole training.
+            tokenizer: of the language model in it, or None; needed for evaluation.
+            log: sends metrics to the trainer's logger.
+        """
+        self._model, self._tokenizer, self._log = model, tokenizer, log
+        self._num_logged, self._last_evaluated = -1, -1
+        self._check_language_model(model)
+        is_resumed = self.sparsifier.is_restoring
+        if not is_resumed:
+            self.evaluations.clear()
+            if self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at:
+                report = self.sparsifier.measure(model)
+                self._evaluate("before", report)
+        self.sparsifier.attach(model, optimizers, total_steps=total_steps)
+        self._log_report()
+
+    def _check_language_model(self, model: nn.Module) -> None:
+        options, found = self.recipe.evaluate, language_model(model)
+        if options is not None and (found is None or self._tokenizer is None):
+            missing = "a Hugging Face model" if found is None else "its tokenizer"
+            raise ValueError(
+                f"the recipe evaluates tasks, but {missing} was not found in this training; give the trainer a "
+                "processing_class, or the module or data module a `tokenizer` attribute, or set evaluate: null"
+            )
+        export = self.recipe.export
+        if export is not None and export.dir is not None and export.format == "huggingface":
+            check_huggingface(model if found is None else found, export.dir)
+
+    def after_step(self) -> None:
+        """Log and evaluate what an optimizer step has made due; collective."""
+        self._log_report()
+        options = self.recipe.evaluate
+        step = self.sparsifier.step
+        if options is not None and options.every is not None and step % options.every == 0:
+            if step > 0 and step != self._last_evaluated:
+                self._evaluate(f"step {step}", self.sparsifier.report())
+
+    def observe(self, metrics: Mapping[str, object]) -> None:
+        """Take in what the trainer has logged, for the guard and the report; collective."""
+        self.sparsifier.observe({name: value for name, value in metrics.items() if not name.startswith("prune/")})
+        self._log_report()
+
+    def _log_report(self) -> None:
+        if self.sparsifier.num_updates != self._num_logged:
+            self._num_logged = self.sparsifier.num_updates
+            self._log(self._summary())
+
+    def _summary(self) -> dict[str, float]:
+        return {name: value for name, value in self.sparsifier.report().metrics().items() if name.count("/") == 1}
+
+    def _evaluate(self, label: str, report: Report) -> None:
+        options, model = self.recipe.evaluate, self._model
+        assert options is not None and model is not None
+        distributed.log(logger, logging.INFO, "evaluating (%s): %s", label, ", ".join(options.tasks))
+        results = self._harness().evaluate_model(
+            language_model(model),
+            self._tokenizer,
+            tasks=list(options.tasks),
+            include_path=options.include_path,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            num_fewshot=options.num_fewshot,
+        )
+        self._last_evaluated = self.sparsifier.step
+        summary = {key: value for key, value in report.as_dict().items() if key != "targets"}
+        self.evaluations.append({"label": label, "step": report.step, "report": summary, "results": results})
+        self._log({f"prune/{task}/{name}": v for task, metrics in results.items() for name, v in metrics.items()})
+
+    def finish(self) -> None:
+        """Let go of the model, evaluate, write report and export; collective. Call it when training has ended."""
+        if not self.sparsifier.is_attached:
+            return
+        self.sparsifier.detach()
+        self._log(self.sparsifier.report().metrics())
+        if self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at:
+            self._evaluate("after", self.sparsifier.report())
+        self._write_report()
+        self._export()
+        self._model = None
+
+    def abort(self) -> None:
+        """Let go of the model after an error or an interruption; the report shows what was reached."""
+        if self.sparsifier.is_attached:
+            self.sparsifier.detach()
+            self._write_report()
+
+    def _write_report(self) -> None:
+        if self.recipe.report.dir is not None and distributed.is_first_rank():
+            page = report_page.write_report(
+                self.recipe.report.dir,
+                report=self.sparsifier.report().as_dict(),
+                history=self.sparsifier.history,
+                evaluations=self.evaluations,
+                recipe_text=self.recipe.dump(),
+            )
+            logger.info("report: %s", page)
+
+    def _export(self) -> None:
+        options, model = self.recipe.export, self._model
+        if options is None or options.dir is None:
+            return
+        assert model is not None
+        found = language_model(model)
+        exported = found if options.format == "huggingface" and found is not None else model
+        state = distributed.whole_state_dict(exported)
+        if not distributed.is_first_rank():
+            return
+        common = {"state_dict": state, "report": self.sparsifier.report(), "recipe": self.recipe.as_dict()}
+        if options.format == "huggingface":
+            export_huggingface(exported, options.dir, tokenizer=self._tokenizer, **common)
+        else:
+            export_dense(exported, options.dir, **common)
+        logger.info("exported: %s", options.dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs, as plain values and tensors; collective."""
+        return {"sparsifier": self.sparsifier.state_dict(), "evaluations": self.evaluations}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a saved state; it is put in force by the next `start`.
+
+        Raises:
+            ValueError: if it is damaged or belongs to another recipe.
+        """
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        self.evaluations = list(state["evaluations"])

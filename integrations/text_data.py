@@ -1,0 +1,310 @@
+"""Text in packed windows for language-model training, from files or from Python's own sources.
+
+Everything is deterministic: the order of the documents, which of them are held out, the trained tokenizer, and the shuffling, which
+continues at the same batch after a resume.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+__all__ = ["Document", "TextData", "WindowLoader", "read_documents", "train_tokenizer"]
+
+# Folders of the standard library that hold no typical code: tests, installed packages, tables written by programs.
+_NOT_TYPICAL = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+_PIECE = 8000  # characters: a long text is read as documents of about this size, so that some can be held out
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it comes from."""
+
+    name: str
+    text: str
+
+
+def read_documents(path: str | None = None, *, max_characters: int | None = None) -> list[Document]:
+    """Read documents; the order of the files depends on their names alone.
+
+    Args:
+        path: a .txt, .md, .py or .jsonl file (field `text`) or a folder of such files; None reads the sources of Python's standard
+            library.
+        max_characters: stop after the document that reaches this many characters.
+
+    Raises:
+        ValueError: if there is no text at `path`.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"] if path is None else path).expanduser()
+    files = _standard_library(root) if path is None else _files(root)
+    files.sort(key=lambda file: hashlib.sha256(_name(file, root).encode()).digest())
+    total, documents = 0, []
+    for document in (document for file in files for document in _read(file, root) if document.text.strip()):
+        if max_characters is not None and total >= max_characters:
+            break
+        documents.append(document)
+        total += len(document.text)
+    if not documents:
+        raise ValueError(f"no text found at {root}; give a file or a folder with {', '.join(_SUFFIXES)} files")
+    return documents
+
+
+def _standard_library(root: Path) -> list[Path]:
+    files = (path.relative_to(root) for path in root.rglob("*.py") if not path.name.startswith("_sysconfigdata"))
+    return [root / path for path in files if not _NOT_TYPICAL.intersection(path.parts)]
+
+
+def _files(root: Path) -> list[Path]:
+    if root.is_file():
+        if root.suffix not in _SUFFIXES:
+            raise ValueError(f"cannot read text from {root}; allowed are {', '.join(_SUFFIXES)} and folders of these")
+        return [root]
+    return [path for path in root.rglob("*") if path.suffix in _SUFFIXES and path.is_file()]
+
+
+def _name(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix() if file != root else file.name
+
+
+def _read(file: Path, root: Path) -> Iterator[Document]:
+    name = _name(file, root)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".py":
+        yield Document(name, text)
+        return
+    pieces = _records(text, file) if file.suffix == ".jsonl" else _pieces(text)
+    for number, piece in enumerate(pieces):
+        yield Document(f"{name}:{number}", piece)
+
+
+def _records(text: str, file: Path) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                record = None
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise ValueError(f"{file}, line {number}: expected an object with a field 'text', got {line[:60]!r}")
+            yield record["text"]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    lines: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield "".join(lines)
+            lines, size = [], 0
+    yield "".join(lines)
+
+
+def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; any text survives encoding and decoding.
+
+    Args:
+        texts: what to learn the merges from.
+        vocab_size: number of tokens, the three special ones included.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(_SPECIAL):
+        raise ValueError(
+            f"vocab_size must hold {len(alphabet)} bytes and {len(_SPECIAL)} special tokens, got {vocab_size}"
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL.values()),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIAL)
+
+
+class WindowLoader:
+    """Iterate over windows of tokens in shuffled batches, and continue where a saved state stopped.
+
+    Batches are dicts with `input_ids` and `labels`, both the same tensor of shape (batch, window).
+
+    Args:
+        windows: token numbers, one window per row.
+        batch_size: windows per batch and process.
+        seed: None keeps the order; a number shuffles by (seed, epoch).
+        rank: which share of the windows this process takes.
+        world_size: number of shares.
+    """
+
+    def __init__(
+        self, windows: Tensor, *, batch_size: int, seed: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self._windows = windows
+        self._batch_size = batch_size
+        self._seed = seed
+        self._share = (rank, world_size)
+        self._epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        """Count the batches of one epoch; a last, smaller one is left out when shuffling."""
+        number = len(self._windows) // self._share[1]
+        return number // self._batch_size if self._seed is not None else -(-number // self._batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = self._order()
+        while self._position < len(self):
+            first = self._position * self._batch_size
+            self._position += 1
+            window_BT = self._windows[order[first : first + self._batch_size]].long()
+            yield {"input_ids": window_BT, "labels": window_BT}
+        self._epoch += 1
+        self._position = 0
+
+    def _order(self) -> Tensor:
+        rank, world_size = self._share
+        number = len(self._windows)
+        if self._seed is None:
+            order = torch.arange(number)
+        else:
+            order = torch.randperm(
+                number, generator=torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+            )
+        return order[: number // world_size * world_size][rank::world_size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many epochs and batches were handed out."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch at which the state was saved.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+
+class TextData(LightningDataModule):
+    """Text as packed windows of tokens, with some documents held out for validation.
+
+    Args:
+        path: file or folder of text; None uses the sources of Python's standard library.
+        tokenizer: folder or hub id of a tokenizer; None trains a byte-level BPE on the training documents.
+        vocab_size: size of the trained tokenizer.
+        window: tokens per sequence.
+        batch_size: sequences per batch.
+        max_characters: read no more than about this much text.
+        hold_out: every how many documents one is held out.
+        seed: of the shuffling.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int = 2048,
+        window: int = 128,
+        batch_size: int = 8,
+        max_characters: int | None = None,
+        hold_out: int = 20,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if hold_out < 2:
+            raise ValueError(f"hold_out must be 2 or more, got {hold_out}; every second document is the most")
+        self.path = path
+        self.tokenizer_name = tokenizer
+        self.vocab_size = vocab_size
+        self.window = window
+        self.batch_size = batch_size
+        self.max_characters = max_characters
+        self.hold_out = hold_out
+        self.seed = seed
+        self.tokenizer: Any = None
+        self.train_documents: list[Document] = []
+        self.val_documents: list[Document] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the text, get the tokenizer and pack the windows; only the first call does anything.
+
+        Args:
+            stage: Lightning's name for what follows; not used.
+
+        Raises:
+            ValueError: if a split is too short for one window or the training split for one batch.
+        """
+        if self.tokenizer is not None:
+            return
+        documents = read_documents(self.path, max_characters=self.max_characters)
+        last = self.hold_out - 1
+        self.train_documents = [item for place, item in enumerate(documents) if place % self.hold_out != last]
+        self.val_documents = [item for place, item in enumerate(documents) if place % self.hold_out == last]
+        tokenizer = self._make_tokenizer()
+        self._train_windows = self._pack(tokenizer, self.train_documents, "training")
+        self._val_windows = self._pack(tokenizer, self.val_documents, "validation")
+        if len(self._train_windows) < self.batch_size:
+            raise ValueError(
+                f"the training text fills {len(self._train_windows)} windows of {self.window} tokens, fewer than a batch "
+                f"of {self.batch_size}; give more text or a smaller batch_size"
+            )
+        self.tokenizer = tokenizer
+
+    def train_dataloader(self) -> WindowLoader:
+        """Return shuffled batches of this process's share of the training windows."""
+        return self._loader(self._train_windows, self.seed)
+
+    def val_dataloader(self) -> WindowLoader:
+        """Return batches of this process's share of the held-out windows, in order."""
+        return self._loader(self._val_windows, None)
+
+    def _loader(self, windows: Tensor, seed: int | None) -> WindowLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return WindowLoader(windows, batch_size=self.batch_size, seed=seed, rank=rank, world_size=world_size)
+
+    def _make_tokenizer(self) -> Any:
+        if self.tokenizer_name is not None:
+            return AutoTokenizer.from_pretrained(self.tokenizer_name)
+        return train_tokenizer([document.text for document in self.train_documents], vocab_size=self.vocab_size)
+
+    def _pack(self, tokenizer: Any, documents: Sequence[Document], split: str) -> Tensor:
+        """Return the documents' tokens, each between its first and last special token, cut into windows."""
+        first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        encoded = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        stream = [token for tokens in encoded for token in (*first, *tokens, *last)]
+        number = len(stream) // self.window
+        if number == 0:
+            raise ValueError(
+                f"the {split} text has {len(stream)} tokens, fewer than one window of {self.window}; give more text, "
+                "a smaller window or a smaller hold_out"
+            )
+        return torch.tensor(stream[: number * self.window], dtype=torch.int32).view(number, self.window)

@@ -1,0 +1,344 @@
+"""The `lightning-prune` command.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or wrong input, with one line that says what to change. Adapters are
+imported inside the command that needs them.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from lightning_prune import registry
+
+__all__ = ["main"]
+
+OWN_SECTIONS = ("prune", "recover", "evaluate", "export", "report", "seed")
+RUN_SECTIONS = ("trainer", "model", "data")
+
+_OVERRIDES = """
+Every value of the recipe can be overridden: --prune.schedule.sparsity=0.7, --prune.scorer=Magnitude,
+--evaluate=null, --seed=1. --print_config shows the whole recipe and does nothing.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; that of this process if left out.
+
+    Returns:
+        The exit code.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options, rest = _parse(tokens)
+        with _log_on_stderr():
+            return int(options.command(options, rest))
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if "--traceback" in tokens:
+            raise
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, to be told like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of ending the process."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _parse(tokens: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of a command, and the tokens it passes on."""
+    command_line: list[str] = []
+    if "--" in tokens:
+        split = tokens.index("--")
+        tokens, command_line = tokens[:split], tokens[split + 1 :]
+    options, rest = _parser().parse_known_args(tokens)
+    if command_line and options.command is not _exec:
+        raise ValueError("only exec takes a program after --")
+    options.program = command_line
+    return options, rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lightning-prune", description="Prune language models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Any, text: str, *, takes_recipe: bool = True) -> argparse.ArgumentParser:
+        epilog = _OVERRIDES if takes_recipe else None
+        added = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
+        added.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if takes_recipe:
+            added.add_argument("--print_config", action="store_true", help="print the whole recipe and do nothing")
+        added.set_defaults(command=command)
+        return added
+
+    _add_run(add("run", _run, "Train and prune with Lightning, from a recipe."))
+    _add_oneshot(add("oneshot", _oneshot, "Prune a model once, from calibration text, and export it."))
+    _add_exec(add("exec", _exec, "Run an unmodified training program with the recipe's callback added."))
+    _add_quickstart(add("quickstart", _quickstart, "Train, prune, evaluate and export a small model, on local text."))
+    _add_eval(add("eval", _eval, "Evaluate a model folder with lm-eval.", takes_recipe=False))
+    _add_export(add("export", _export, "Write a sparse model folder in another form.", takes_recipe=False))
+    add("methods", _methods, "List what recipes can choose from, with sources.", takes_recipe=False)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    parser.add_argument("--config", required=default is None, default=default, help="a packaged recipe or a YAML file")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--ckpt_path", help="a Lightning checkpoint to resume from")
+    parser.epilog = (
+        f"{_OVERRIDES} Options of the trainer, model and data sections are LightningCLI's: --trainer.max_steps=100, "
+        "--model my_package.MyModule, --data my_package.MyData; --model PATH_OR_HUB_ID opens a causal language model."
+    )
+
+
+def _add_oneshot(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--model", help="a model folder or a hub id")
+    parser.add_argument("--out", help="a new folder for the pruned model")
+    parser.add_argument("--data", help="calibration text, .txt or .jsonl with a field text; else Python's own sources")
+    parser.add_argument("--num_sequences", type=int, default=128, help="calibration sequences (default: %(default)s)")
+    parser.add_argument("--sequence_length", type=int, help="tokens per sequence (default: the model's, 2048 at most)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="a torch device (default: an accelerator if there is one)")
+
+
+def _add_exec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", "--config", dest="config", required=True, help="a packaged recipe or a YAML file")
+    parser.usage = "lightning-prune exec --recipe RECIPE [--section.key=value ...] -- SCRIPT_OR_-m_MODULE ARGS"
+
+
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, default="train/quickstart")
+    parser.add_argument("--model", help="a model folder or a hub id to start from, in place of a new model")
+    parser.add_argument("--out", default="quickstart_out", help="a new folder (default: %(default)s)")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a model folder or a hub id")
+    parser.add_argument("--tasks", required=True, nargs="+", help="lm-eval tasks")
+    parser.add_argument("--include_path", help="a folder with task files")
+    parser.add_argument("--limit", type=int, help="documents per task")
+    parser.add_argument("--batch_size", type=int, default=8, help="documents at a time (default: %(default)s)")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt")
+    parser.add_argument("--device", default="auto", help="a torch device (default: an accelerator if there is one)")
+    parser.add_argument("--out", help="also write the results to this JSON file")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a model folder or a hub id")
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--format", choices=("dense", "huggingface"), default="dense", help="default: %(default)s")
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    overrides, passed_on = _split(rest, passed_on=RUN_SECTIONS)
+    sys.path.insert(0, os.getcwd())  # the user's own classes, as with `python -m`
+    adapter = _adapter("lightning_cli", "lightning-prune run", "lightning")
+    code: int = adapter.run_recipe(
+        options.config,
+        passed_on,
+        overrides=overrides,
+        ckpt_path=options.ckpt_path,
+        print_config=options.print_config,
+    )
+    return code
+
+
+def _oneshot(options: argparse.Namespace, rest: list[str]) -> int:
+    overrides, _ = _split(rest)
+    if options.print_config:
+        return _print_recipe(options.config, overrides)
+    if options.model is None or options.out is None:
+        raise ValueError("oneshot needs --model and --out; see lightning-prune oneshot --help")
+    adapter = _adapter("hf_oneshot", "lightning-prune oneshot", "hf")
+    adapter.run_oneshot(
+        options.config,
+        model=options.model,
+        out=options.out,
+        overrides=overrides,
+        data=options.data,
+        num_sequences=options.num_sequences,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+    return 0
+
+
+def _exec(options: argparse.Namespace, rest: list[str]) -> int:
+    overrides, _ = _split(rest)
+    if options.print_config:
+        return _print_recipe(options.config, overrides)
+    adapter = _adapter("exec_inject", "lightning-prune exec", "hf")
+    code: int
+    if not overrides:
+        code = adapter.run_exec(options.config, options.program)
+        return code
+    recipe = _load(options.config, overrides)
+    with tempfile.TemporaryDirectory(prefix="lightning_prune_") as folder:
+        path = Path(folder, f"{Path(recipe.name).name}.yaml")
+        path.write_text(recipe.dump(), encoding="utf-8")
+        code = adapter.run_exec(str(path), options.program)
+    return code
+
+
+def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
+    overrides, _ = _split(rest, own=(*OWN_SECTIONS, *RUN_SECTIONS))
+    if options.print_config:
+        return _print_recipe(options.config, overrides)
+    adapter = _adapter("quickstart", "lightning-prune quickstart", "all")
+    code: int = adapter.run_quickstart(options.config, model=options.model, out=options.out, overrides=overrides)
+    return code
+
+
+def _eval(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    loading = _adapter("hf_oneshot", "lightning-prune eval", "hf")
+    harness = _adapter("lm_eval_harness", "lightning-prune eval", "eval")
+    model, tokenizer = loading.load_model(options.model, device=options.device)
+    results = harness.evaluate_model(
+        model,
+        tokenizer,
+        tasks=[task for group in options.tasks for task in group.split(",") if task],
+        include_path=options.include_path,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        num_fewshot=options.num_fewshot,
+    )
+    if options.out is not None:
+        Path(options.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    rows = [(task, name, f"{value:.4f}") for task, values in results.items() for name, value in values.items()]
+    _print_table([("task", "metric", "value"), *rows])
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    adapter = _adapter("hf_oneshot", "lightning-prune export", "hf")
+    print(adapter.export_model(options.model, options.out, form=options.format))
+    return 0
+
+
+def _methods(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    for room in registry.rooms():
+        print(f"{room}:")
+        for entry in registry.entries(room):
+            print(f"  {entry.cls.__name__:<14}{entry.summary}")
+            if entry.source:
+                print(
+                    textwrap.fill(f"Source: {entry.source}", 118, initial_indent=" " * 16, subsequent_indent=" " * 16)
+                )
+        print()
+    print("recipes:")
+    for name, path in importlib.import_module("lightning_prune.recipe").packaged_recipes().items():
+        with path.open(encoding="utf-8") as file:
+            print(f"  {name:<28}{file.readline().removeprefix('#').strip()}")
+    return 0
+
+
+def _split(
+    rest: Iterable[str], *, own: Sequence[str] = OWN_SECTIONS, passed_on: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Sort what a command did not know into overrides of the recipe and options to pass on.
+
+    Raises:
+        ValueError: if a token belongs to neither.
+    """
+    overrides, others = [], []
+    tokens = list(rest)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("--"):
+            raise ValueError(f"unexpected argument {token!r}; options start with --, and a program to run follows --")
+        key, equals, value = token[2:].partition("=")
+        section = key.partition(".")[0]
+        if section not in (*own, *passed_on):
+            raise ValueError(registry.unknown("option", f"--{section}", [f"--{name}" for name in (*own, *passed_on)]))
+        if not equals and tokens and not tokens[0].startswith("--"):
+            equals, value = "=", tokens.pop(0)
+        if section in own:
+            if not equals:
+                raise ValueError(f"--{key} needs a value, as in --{key}=VALUE")
+            overrides.append(f"{key}={value}")
+        else:
+            others.append(f"--{key}{equals}{value}")
+    return overrides, others
+
+
+def _refuse(rest: Sequence[str]) -> None:
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}")
+
+
+def _load(config: str, overrides: Sequence[str]) -> Any:
+    return importlib.import_module("lightning_prune.recipe").Recipe.load(config, overrides=overrides)
+
+
+def _print_recipe(config: str, overrides: Sequence[str]) -> int:
+    print(_load(config, overrides).dump(), end="")
+    return 0
+
+
+def _adapter(module: str, command: str, extra: str) -> ModuleType:
+    """Import an adapter; if what it adapts is not installed, say which extra brings it."""
+    try:
+        return importlib.import_module(f"lightning_prune.integrations.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lightning_prune"):
+            raise
+        hint = f'{command} needs {error.name}: pip install "lightning_prune[{extra}]"'
+        raise ModuleNotFoundError(hint, name=error.name) from error
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Show what the library logs while a command runs."""
+    library = logging.getLogger("lightning_prune")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = library.level
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        library.setLevel(level)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _version() -> str:
+    try:
+        return f"lightning_prune {importlib.metadata.version('lightning_prune')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "lightning_prune, from a checkout that is not installed"

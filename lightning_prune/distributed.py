@@ -1,0 +1,205 @@
+"""The only file that knows process groups and DTensors; everyone else sees tensors.
+
+A parameter is either replicated (one process, DDP) or sharded by rows (FSDP2: a DTensor with one Shard(0)). What is
+not one of these is refused by name.
+"""
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+__all__ = [
+    "agree",
+    "all_reduce_sum",
+    "broadcast_number",
+    "check_same_everywhere",
+    "check_supported",
+    "gather",
+    "gather_counts",
+    "is_active",
+    "is_first_rank",
+    "is_sharded",
+    "local",
+    "log",
+    "row_range",
+    "shard",
+    "sum_everywhere",
+    "whole_state_dict",
+]
+
+
+def is_active() -> bool:
+    """Return whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that writes and logs."""
+    return not is_active() or dist.get_rank() == 0
+
+
+def log(logger: logging.Logger, level: int, message: str, *values: object) -> None:
+    """Log on the first rank only."""
+    if is_first_rank():
+        logger.log(level, message, *values)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse wrappers that hide the parameters.
+
+    Raises:
+        ValueError: if any part of the model is wrapped by FSDP1, whose flat parameters have no rows.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                f"module {name or '<root>'!r} is wrapped by FSDP1, whose flat parameters cannot hold masks; "
+                "use FSDP2 (torch.distributed.fsdp.fully_shard; in accelerate: fsdp_version: 2)"
+            )
+
+
+def _shard_dim(parameter: DTensor) -> int | None:
+    """Return the mesh dimension that splits the rows, None if replicated everywhere."""
+    found = None
+    for dim, placement in enumerate(parameter.placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard or placement.dim != 0 or found is not None:
+            raise ValueError(
+                f"a target is placed as {parameter.placements}; only rows sharded once (Shard(0), FSDP2) and "
+                "replicated dimensions are supported; prune before applying tensor parallelism"
+            )
+        found = dim
+    return found
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether this process holds only some rows of the parameter."""
+    return isinstance(parameter, DTensor) and _shard_dim(parameter) is not None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part as a plain tensor that shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def row_range(parameter: Tensor) -> tuple[int, int]:
+    """Return (first, number) of the rows along dimension 0 that this process holds."""
+    num_rows = parameter.shape[0]
+    if not isinstance(parameter, DTensor) or (dim := _shard_dim(parameter)) is None:
+        return 0, num_rows
+    size = -(-num_rows // parameter.device_mesh.size(dim))  # torch.chunk: equal parts, the last ones shorter
+    first = min(parameter.device_mesh.get_local_rank(dim) * size, num_rows)
+    return first, min(size, num_rows - first)
+
+
+def gather(part: Tensor, parameter: Tensor) -> Tensor:
+    """Put together the parts that the processes hold of a tensor shaped and sharded like `parameter`.
+
+    Collective: every rank calls it.
+    """
+    if not isinstance(parameter, DTensor):
+        return part
+    as_bytes = part.to(torch.uint8) if part.dtype == torch.bool else part
+    whole = DTensor.from_local(
+        as_bytes,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+    return whole.to(part.dtype)
+
+
+def shard(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return the rows of `whole` that this process holds of `parameter`."""
+    first, number = row_range(parameter)
+    return whole if number == whole.shape[0] else whole[first : first + number].clone()
+
+
+def _group(parameter: Tensor) -> dist.ProcessGroup | None:
+    if isinstance(parameter, DTensor) and (dim := _shard_dim(parameter)) is not None:
+        return parameter.device_mesh.get_group(dim)
+    return None
+
+
+def all_reduce_sum(values: Tensor, parameter: Tensor) -> Tensor:
+    """Sum over the processes that share the rows of `parameter`; unchanged when it is not sharded."""
+    group = _group(parameter)
+    if group is None:
+        return values
+    values = values.clone()
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def gather_counts(count: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (sum over the processes before this one, sum over all) for the rows of `parameter`."""
+    group = _group(parameter)
+    if group is None:
+        return torch.zeros_like(count), count
+    parts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, count, group=group)
+    stacked = torch.stack(parts)
+    return stacked[: dist.get_rank(group)].sum(0), stacked.sum(0)
+
+
+def sum_everywhere(values: Tensor) -> Tensor:
+    """Sum over all processes."""
+    if not is_active():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def broadcast_number(value: float, device: torch.device) -> float:
+    """Return the first rank's value on every rank, so that all decide alike."""
+    if not is_active():
+        return value
+    box = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(box, src=0)
+    return float(box.item())
+
+
+def agree(claim: bool, device: torch.device) -> bool:
+    """Return whether a claim holds on every rank."""
+    return not int(sum_everywhere(torch.tensor(int(not claim), device=device)))
+
+
+def check_same_everywhere(hashes: Tensor, names: list[str]) -> None:
+    """Check that all processes hold the same masks.
+
+    Args:
+        hashes: int64, one content hash per name.
+        names: what was hashed, for the message.
+
+    Raises:
+        RuntimeError: naming the first mask that differs between ranks.
+    """
+    if not is_active() or not names:
+        return
+    low, high = hashes.clone(), hashes.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differing = [name for name, same in zip(names, (low == high).tolist(), strict=True) if not same]
+    if differing:
+        raise RuntimeError(
+            f"ranks hold different masks for {differing[0]!r} ({len(differing)} in all); their weights or "
+            "statistics have drifted apart: check that every rank starts from the same weights and seed"
+        )
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's tensors, whole whatever the sharding; collective when it is sharded."""
+    state = model.state_dict()
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }

@@ -1,0 +1,66 @@
+"""Write a model as a Hugging Face folder that stock `from_pretrained` loads, zeros included."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune.export.folder import check_free, new_folder, write_note
+from lightning_prune.types import Report
+
+__all__ = ["check_huggingface", "export_huggingface"]
+
+
+def check_huggingface(model: nn.Module, out_dir: str | PathLike[str]) -> None:
+    """Check, before any work is done, that `export_huggingface` can write this model there.
+
+    Raises:
+        ValueError: if the folder is not empty, or the model cannot be written in this form.
+    """
+    check_free(out_dir)
+    if not callable(getattr(model, "save_pretrained", None)):
+        raise ValueError(
+            f"export format huggingface needs save_pretrained, which {type(model).__name__} lacks; use format dense"
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "export format huggingface would write the adapters and not the pruned weights below them; "
+            "use format dense, or remove the adapters first"
+        )
+
+
+def export_huggingface(
+    model: nn.Module,
+    out_dir: str | PathLike[str],
+    *,
+    tokenizer: Any = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    report: Report | None = None,
+    recipe: Mapping[str, object] | None = None,
+) -> Path:
+    """Write model, tokenizer and `sparsity.json` into a new folder.
+
+    Args:
+        model: a model with `save_pretrained`.
+        out_dir: a folder that does not exist yet or is empty.
+        tokenizer: anything with `save_pretrained`, or None.
+        state_dict: whole tensors to write in place of the model's own, for a sharded model.
+        report: what was pruned, for `sparsity.json`.
+        recipe: the recipe as plain values, for `sparsity.json`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the folder is not empty, or the model cannot be written in this form.
+    """
+    check_huggingface(model, out_dir)
+    save: Any = model.save_pretrained
+    with new_folder(out_dir) as folder:
+        save(folder) if state_dict is None else save(folder, state_dict=dict(state_dict))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_note(folder, report=report, recipe=recipe)
+    return Path(out_dir).expanduser()

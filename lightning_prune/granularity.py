@@ -1,0 +1,170 @@
+"""The shape of a hole: single weights, N of every M, or blocks.
+
+Shapes: O rows, I columns of the weight; R x C units, one row of units per group that is ranked together under scope
+`row`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.types import Granularity, Scope
+
+__all__ = ["NM", "Block", "Unstructured", "num_kept"]
+
+
+def num_kept(sparsity: float, num_units: int) -> int:
+    """Return how many of `num_units` stay when floor(sparsity * num_units) are pruned.
+
+    The product is rounded to a millionth first, so that 0.29 of 100 is 29 and not 28.
+    """
+    return num_units - int(sparsity * num_units + 1e-6)
+
+
+@dataclass(frozen=True)
+class Unstructured(Granularity):
+    """Single weights."""
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Return how many rows of the weight one unit spans."""
+        return 1
+
+    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
+        """Accept every shape."""
+
+    def pool(self, score_OI: Tensor) -> Tensor:
+        """Return the scores unchanged: every weight is a unit."""
+        return score_OI
+
+    def expand(self, keep_RC: Tensor, shape_OI: tuple[int, int]) -> Tensor:
+        """Return the mask unchanged."""
+        return keep_RC
+
+    def scope(self, preferred: Scope) -> Scope:
+        """Return the units ranked together: the scorer's choice."""
+        return preferred
+
+    def num_keep(self, sparsity: float, num_units: int) -> int:
+        """Return how many of the units ranked together stay."""
+        return num_kept(sparsity, num_units)
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Accept every sparsity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NM(Unstructured):
+    """Keep N weights of every M consecutive ones along the input dimension.
+
+    On a ramp N falls from M to its final value. Units are ranked within their M, whatever the scorer's scope.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"N:M keeps n of every m weights, so 0 < n < m is needed, got n={self.n}, m={self.m}; "
+                "2:4 is n=2, m=4 and 75 % sparsity is n=1, m=4"
+            )
+
+    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
+        """Check that M divides the input dimension.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        if shape_OI[1] % self.m:
+            raise ValueError(
+                f"{self.n}:{self.m} needs an input dimension that {self.m} divides; {name} has {shape_OI[1]}; "
+                "exclude it from the targets or choose another m"
+            )
+
+    def pool(self, score_OI: Tensor) -> Tensor:
+        """Return one row of M units per group."""
+        return score_OI.reshape(-1, self.m)
+
+    def expand(self, keep_RC: Tensor, shape_OI: tuple[int, int]) -> Tensor:
+        """Return the mask in the shape of the weight."""
+        return keep_RC.reshape(shape_OI)
+
+    def scope(self, preferred: Scope) -> Scope:
+        """Return `row`, which here is the group of M.
+
+        Raises:
+            ValueError: if the scorer asks for a global ranking, which N:M cannot honour.
+        """
+        if preferred == "global":
+            raise ValueError("scope: global has no effect under N:M, where weights compete within their M; use row")
+        return "row"
+
+    def num_keep(self, sparsity: float, num_units: int) -> int:
+        """Return how many of every M stay: the nearest whole number, never below N."""
+        return max(self.n, num_units - int(sparsity * num_units + 0.5))
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Check that the final sparsity is the one the pattern means.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if abs(sparsity - (1 - self.n / self.m)) > 1e-9:
+            raise ValueError(
+                f"{self.n}:{self.m} means a final sparsity of {1 - self.n / self.m:g}, the schedule says {sparsity:g}; "
+                "set schedule.sparsity to it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(Granularity):
+    """Rectangles of rows x cols weights, kept or pruned whole; a block's score is the mean of its weights' scores."""
+
+    rows: int = 4
+    cols: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1 or self.rows * self.cols == 1:
+            raise ValueError(
+                f"a block needs rows >= 1 and cols >= 1 and more than one weight, got {self.rows} x {self.cols}; "
+                "for single weights use Unstructured"
+            )
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Return how many rows of the weight one unit spans."""
+        return self.rows
+
+    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
+        """Check that blocks tile the weight.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        if shape_OI[0] % self.rows or shape_OI[1] % self.cols:
+            raise ValueError(
+                f"blocks of {self.rows} x {self.cols} do not tile {name} of shape {shape_OI[0]} x {shape_OI[1]}; "
+                "choose sizes that divide both, or exclude it from the targets"
+            )
+
+    def pool(self, score_OI: Tensor) -> Tensor:
+        """Return the mean score of every block."""
+        blocks = score_OI.reshape(-1, self.rows, score_OI.shape[1] // self.cols, self.cols)
+        return blocks.mean(dim=(1, 3))
+
+    def expand(self, keep_RC: Tensor, shape_OI: tuple[int, int]) -> Tensor:
+        """Return the mask in the shape of the weight."""
+        return torch.repeat_interleave(torch.repeat_interleave(keep_RC, self.rows, 0), self.cols, 1)
+
+    def scope(self, preferred: Scope) -> Scope:
+        """Return the units ranked together: the scorer's choice."""
+        return preferred
+
+    def num_keep(self, sparsity: float, num_units: int) -> int:
+        """Return how many of the units ranked together stay."""
+        return num_kept(sparsity, num_units)
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Accept every sparsity."""

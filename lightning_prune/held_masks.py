@@ -1,0 +1,123 @@
+"""Masks in force on a model: on its weights, on their gradients, and on what optimizers remember of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune import distributed, hooks, masks
+from lightning_prune.guard import GoodMasks
+from lightning_prune.targets import Binding
+
+__all__ = ["HeldMasks"]
+
+
+class HeldMasks:
+    """The masks of one model by target name, bool, True = keep, shaped like this process's part of the weight."""
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+        self.bindings: list[Binding] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._owned: dict[int, list[Binding]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the targets lie."""
+        return self.bindings[0].parameter.device
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the targets' parameters by name."""
+        return {binding.name: binding.parameter for binding in self.bindings}
+
+    def own(self, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """Find out which optimizer steps which target, and return the clock: the first that steps any.
+
+        Trainable targets that no optimizer steps, such as those with master copies, are masked with the clock.
+        """
+        self.optimizers = list(optimizers)
+        self._owned = {id(optimizer): [] for optimizer in optimizers}
+        owner_of = {
+            id(parameter): id(optimizer)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        unowned = []
+        for binding in self.bindings:
+            owner = owner_of.get(id(binding.parameter))
+            if owner is not None:
+                self._owned[owner].append(binding)
+            elif binding.parameter.requires_grad:
+                unowned.append(binding)
+        clock = next((optimizer for optimizer in optimizers if self._owned[id(optimizer)]), optimizers[0])
+        self._owned[id(clock)] += unowned
+        return clock
+
+    def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Binding]:
+        """Return the targets to mask after a step of this optimizer."""
+        return self._owned[id(optimizer)]
+
+    def mask_gradients(self) -> list[RemovableHandle]:
+        """Zero the gradients of pruned weights from now on, until the handles are removed."""
+        trainable = [binding for binding in self.bindings if binding.parameter.requires_grad]
+        return [hooks.mask_gradient(binding.parameter, self.masks, binding.name) for binding in trainable]
+
+    @torch.no_grad()
+    def set(self, binding: Binding, mask: Tensor) -> None:
+        """Put a new mask in force: on the weight, and on what the optimizers remember of changed weights."""
+        before = self.masks.get(binding.name)
+        changed = ~mask if before is None else before != mask
+        for optimizer in self.optimizers:
+            hooks.clear_state(optimizer, binding.parameter, changed)
+        self.masks[binding.name] = mask
+        distributed.local(binding.parameter).masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def apply(self, bindings: Sequence[Binding]) -> None:
+        """Multiply weights by their masks."""
+        for binding in bindings:
+            if binding.name in self.masks:
+                distributed.local(binding.parameter).mul_(self.masks[binding.name])
+
+    @torch.no_grad()
+    def go_back(self, good: GoodMasks) -> None:
+        """Put earlier masks in force; weights that return take the value they had then."""
+        for binding in self.bindings:
+            now = self.masks[binding.name]
+            mask = good.masks.get(binding.name, torch.ones_like(now))
+            returning = mask & ~now
+            self.set(binding, mask.clone())
+            weight = distributed.local(binding.parameter)
+            weight.copy_(torch.where(returning, good.weights[binding.name], weight))
+
+    def fit(self) -> bool:
+        """Return whether the masks are those of this model: pruned weights are zero, on every rank."""
+        ours = all(
+            binding.name not in self.masks
+            or (
+                self.masks[binding.name].shape == distributed.local(binding.parameter).shape
+                and not bool(distributed.local(binding.parameter.detach())[~self.masks[binding.name]].any())
+            )
+            for binding in self.bindings
+        )
+        return distributed.agree(ours, self.device)
+
+    def num_pruned(self) -> int:
+        """Count the weights that the masks prune, over all processes."""
+        held = [binding for binding in self.bindings if binding.name in self.masks]
+        counts = [distributed.all_reduce_sum((~self.masks[b.name]).sum(), b.parameter) for b in held]
+        return sum(int(count) for count in counts)
+
+    def check_agreement(self) -> None:
+        """Check that ranks with whole weights hold the same masks.
+
+        Raises:
+            RuntimeError: naming the first that differs.
+        """
+        names = [b.name for b in self.bindings if b.name in self.masks and not distributed.is_sharded(b.parameter)]
+        if distributed.is_active() and names:
+            hashes = torch.stack([masks.content_hash(self.masks[name]) for name in names])
+            distributed.check_same_everywhere(hashes, names)

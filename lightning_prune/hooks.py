@@ -1,0 +1,145 @@
+"""What is hooked into torch: layer inputs, gradients, and the end of an optimizer step.
+
+Shapes: B sequences, T tokens, I input features.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune import distributed
+from lightning_prune.targets import Binding
+from lightning_prune.types import Statistic
+
+__all__ = ["clear_state", "grad_divisor", "mask_gradient", "observe_inputs", "unwrap_optimizer", "was_skipped"]
+
+
+def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside a trainer's wrapper.
+
+    Raises:
+        ValueError: if torch does not step it, so that no hook would fire.
+    """
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ValueError(
+            f"{type(inner).__module__}.{type(inner).__qualname__} is not stepped by torch, so masks cannot be held "
+            "after its steps; train with a torch.optim optimizer (DDP or FSDP2 in place of DeepSpeed)"
+        )
+    return inner
+
+
+def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a fused step was skipped because the gradient scaler found infinities.
+
+    Other optimizers are not stepped at all then, and no hook fires.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def grad_divisor(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Return what gradients must be divided by: the loss scale, where a fused step unscales by itself."""
+    return getattr(optimizer, "grad_scale", None)
+
+
+def mask_gradient(parameter: Tensor, masks: Mapping[str, Tensor], name: str) -> RemovableHandle:
+    """Zero the gradient of pruned weights as soon as it is accumulated."""
+
+    def hook(param: Tensor) -> None:
+        mask = masks.get(name)
+        if mask is not None and param.grad is not None:
+            distributed.local(param.grad).mul_(mask)
+
+    return parameter.register_post_accumulate_grad_hook(hook)
+
+
+def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, changed: Tensor) -> None:
+    """Zero what the optimizer remembers of weights whose mask changed: moments and master copies.
+
+    Args:
+        optimizer: its state is changed in place.
+        parameter: the target's parameter.
+        changed: bool, shaped like this process's part of the parameter.
+
+    Raises:
+        ValueError: if the state is not kept in floats, so that zero cannot be written into single entries.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        part = distributed.local(value)
+        if not part.is_floating_point() or type(part) is not Tensor:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} as {part.dtype}, which cannot be reset for single weights; "
+                "use an optimizer with float state"
+            )
+        part.masked_fill_(changed, 0)
+
+
+def observe_inputs(
+    model: nn.Module,
+    feeds: Sequence[tuple[Binding, Statistic]],
+    *,
+    only_training: bool,
+) -> list[RemovableHandle]:
+    """Feed the inputs of targets' layers to their statistics.
+
+    Padding is left out where the model is called with a 2-D `attention_mask`. Passes that recompute activations in
+    the backward pass are not counted twice.
+
+    Args:
+        model: what is called, for its attention mask.
+        feeds: targets, all of linear layers, and their statistics.
+        only_training: whether to skip passes in evaluation mode.
+
+    Returns:
+        handles; removing them ends the observation.
+    """
+    seen: dict[str, Tensor | None] = {"attention_mask": None}
+    handles = [_watch_attention_mask(module, seen) for module in _called_with_attention_mask(model)]
+
+    def add(binding: Binding, statistic: Statistic) -> RemovableHandle:
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
+            in_backward = torch._C._current_graph_task_id() != -1
+            is_copy = module is not binding.module
+            if in_backward or is_copy or (only_training and not module.training):
+                return
+            statistic.update(_tokens(args[0], seen["attention_mask"]))
+
+        return binding.module.register_forward_pre_hook(hook)
+
+    return handles + [add(binding, statistic) for binding, statistic in feeds]
+
+
+def _tokens(inputs: object, attention_mask: Tensor | None) -> Tensor:
+    """Return input_TI without padding."""
+    assert isinstance(inputs, Tensor)
+    inputs = inputs.detach()
+    if attention_mask is not None and inputs.shape[:-1].numel() == attention_mask.numel():
+        return inputs.reshape(-1, inputs.shape[-1])[attention_mask.reshape(-1).bool()]
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+def _called_with_attention_mask(model: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules whose forward takes an attention mask."""
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        return [model]
+    return [found for child in model.children() for found in _called_with_attention_mask(child)]
+
+
+def _watch_attention_mask(module: nn.Module, seen: dict[str, Tensor | None]) -> RemovableHandle:
+    signature = inspect.signature(module.forward)
+
+    @torch.compiler.disable
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        seen["attention_mask"] = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)

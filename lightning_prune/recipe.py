@@ -1,0 +1,342 @@
+"""Read, check and write recipes: YAML on one side, typed objects on the other.
+
+A recipe states one job. The sections `prune`, `recover`, `evaluate`, `export`, `report` and `seed` are the library's
+own; `trainer`, `model` and `data` belong to `lightning-prune run` and are kept as they were written.
+"""
+
+import copy
+import inspect
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader
+
+from lightning_prune import registry
+from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.granularity import Unstructured
+from lightning_prune.guard import MetricGuard
+from lightning_prune.scorers.magnitude import Magnitude
+from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.targets import Targets
+from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
+
+__all__ = ["Evaluate", "Export", "Prune", "Recipe", "ReportOptions", "packaged_recipes"]
+
+_RAW = ("trainer", "model", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """What to prune, how it is rated and shared out, and when."""
+
+    schedule: Schedule
+    targets: Targets = field(default_factory=Targets)
+    granularity: Granularity = field(default_factory=Unstructured)
+    scorer: Scorer = field(default_factory=Magnitude)
+    allocation: Allocation = field(default_factory=Uniform)
+    guard: MetricGuard | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Which lm-eval tasks to run, and when; `every` is in optimizer steps, `limit` in documents per task."""
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+    at: tuple[Literal["start", "end"], ...] = ("start", "end")
+    every: int | None = None
+    batch_size: int = 8
+    num_fewshot: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(
+                "evaluate.tasks is empty, so nothing would be evaluated; name a task or set evaluate: null"
+            )
+        if not self.at and self.every is None:
+            raise ValueError("evaluate has neither at nor every, so it would never run; give one or set evaluate: null")
+        for name, value in (("every", self.every), ("limit", self.limit), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"evaluate.{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """The form the pruned model is written in, and the folder; without a folder the program that runs decides."""
+
+    format: Literal["dense", "huggingface"] = "dense"
+    dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where the report page goes; without a folder none is written."""
+
+    dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One job, as typed objects; see the module text.
+
+    `name` is the packaged name or the file's, and takes no part in comparisons.
+    """
+
+    prune: Prune
+    recover: None = None
+    evaluate: Evaluate | None = None
+    export: Export | None = None
+    report: ReportOptions = field(default_factory=ReportOptions)
+    seed: int = 0
+    trainer: Any = None
+    model: Any = None
+    data: Any = None
+    name: str = field(default="recipe", compare=False)
+
+    @classmethod
+    def load(cls, source: "str | Path | Recipe | Mapping[str, Any]", *, overrides: Iterable[str] = ()) -> Self:
+        """Read a recipe.
+
+        Args:
+            source: a packaged name such as `oneshot/wanda_half`, a path to a YAML file, a recipe, or its sections.
+            overrides: `section.key=value` each, with or without leading dashes; `init_args` may be left out of a key.
+
+        Raises:
+            ValueError: if the recipe is not found, is not YAML, or holds an unknown key, class or value.
+        """
+        overrides = list(overrides)
+        if isinstance(source, Recipe):
+            name, where, content = source.name, f"recipe {source.name}", source.as_dict()
+        elif isinstance(source, Mapping):
+            name, where, content = "recipe", "recipe", copy.deepcopy(dict(source))
+        else:
+            name, path = _locate(str(source))
+            where, content = str(path), _read(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{where}: a recipe is a mapping of sections, got {type(content).__name__}")
+        _fill_default_classes(content)
+        for override in overrides:
+            _override(content, override)
+        if overrides:
+            where = f"{where} with {' '.join(overrides)}"
+        try:
+            recipe = cls(name=name, **_parse(content))
+            recipe.sparsifier()
+        except (ValueError, TypeError, ArgumentError) as error:
+            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        return recipe
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every value as plain lists, dicts, numbers and strings; sections a callback ignores only if given."""
+        own = {key: _plain(getattr(self, key)) for key in _own_sections()}
+        raw = {key: copy.deepcopy(getattr(self, key)) for key in _RAW if getattr(self, key) is not None}
+        return own | raw
+
+    def dump(self) -> str:
+        """Return the recipe as YAML; loading it gives an equal recipe."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, width=120)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the section that decides the masks, as plain values to compare when a run is resumed."""
+        plain: dict[str, Any] = _plain(self.prune)
+        return plain
+
+    def sparsifier(self) -> Sparsifier:
+        """Return a fresh conductor for this recipe."""
+        prune = self.prune
+        return Sparsifier(
+            schedule=prune.schedule,
+            targets=prune.targets,
+            granularity=prune.granularity,
+            scorer=prune.scorer,
+            allocation=prune.allocation,
+            guard=prune.guard,
+            seed=self.seed,
+        )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the library: name -> file."""
+    package = Path(__file__).resolve().parent
+    folder = package / "recipes"
+    if not folder.is_dir():
+        folder = package.parent / "recipes"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def _locate(source: str) -> tuple[str, Path]:
+    """Return (name, file) of a packaged recipe or of a path."""
+    packaged = packaged_recipes()
+    if source in packaged:
+        return source, packaged[source]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.stem, path
+    raise ValueError(f"{registry.unknown('recipe', source, packaged)}; a path to a YAML file works too")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+
+
+def _own_sections() -> list[str]:
+    return [item.name for item in fields(Recipe) if item.name not in (*_RAW, "name")]
+
+
+def _parse(content: dict[str, Any]) -> dict[str, Any]:
+    """Check a recipe's content and return the arguments of `Recipe`."""
+    if content.get("recover") is not None:
+        raise ValueError("recover is not available in this version; set recover: null")
+    if content.get("prune") is None:
+        raise ValueError("the section prune is missing; a recipe prunes something")
+    _check_keys(Recipe, content, "")
+    parser = ArgumentParser(exit_on_error=False)
+    hints = get_type_hints(Recipe)
+    own = [key for key in _own_sections() if content.get(key) is not None]
+    for key in own:
+        parser.add_argument(f"--{key}", type=_without_none(hints[key]))
+    parsed = parser.instantiate(parser.parse_object({key: content[key] for key in own}))
+    return {key: parsed[key] for key in own} | {key: content[key] for key in _RAW if key in content}
+
+
+def _check_keys(kind: Any, value: Any, path: str) -> None:
+    """Compare every key and class name with what the types know.
+
+    Args:
+        kind: the type that stands at this place.
+        value: the raw content at this place.
+        path: the dotted key of this place, empty at the top.
+
+    Raises:
+        ValueError: naming the key or class and the nearest known one.
+    """
+    kind = _without_none(kind)
+    room = _room(kind)
+    if room is not None:
+        _check_class(room, value, path)
+    elif is_dataclass(kind) and isinstance(value, Mapping):
+        known = [item.name for item in fields(kind) if item.name != "name" or kind is not Recipe]
+        _check_names(value, known, path)
+        hints = get_type_hints(kind)
+        for key, inner in value.items():
+            _check_keys(hints[key], inner, _join(path, key))
+
+
+def _without_none(kind: Any) -> Any:
+    """Return the type that an optional value has when it is given; other types unchanged."""
+    options = [option for option in get_args(kind) if option is not type(None)]
+    return options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
+
+
+def _check_class(room: str, value: Any, path: str) -> None:
+    spec = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(spec, Mapping):
+        return
+    _check_names(spec, ("class_path", "init_args"), path)
+    name = spec.get("class_path")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{path} needs a class name, for example {registry.entries(room)[0].cls.__name__}, got {value!r}"
+        )
+    if "." not in name:
+        try:
+            cls = registry.get(room, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        options, known = spec.get("init_args") or {}, inspect.signature(cls).parameters
+        if options and not known:
+            raise ValueError(f"unknown key {_join(path, next(iter(options)))!r}; {name} takes no options")
+        _check_names(options, known, path)
+
+
+def _check_names(names: Iterable[str], known: Iterable[str], path: str) -> None:
+    offered = [_join(path, name) for name in known]
+    for name in names:
+        if _join(path, name) not in offered:
+            raise ValueError(registry.unknown("key", _join(path, name), offered))
+
+
+def _join(path: str, name: object) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _room(kind: Any) -> str | None:
+    return next((room for room, base in registry.rooms().items() if base is kind), None)
+
+
+def _fill_default_classes(content: dict[str, Any]) -> None:
+    """Write out the default class of each choice left out, so that its options can be overridden."""
+    prune = content.get("prune")
+    if not isinstance(prune, dict):
+        return
+    hints = get_type_hints(Prune)
+    for item in fields(Prune):
+        if _room(hints[item.name]) is not None and item.default_factory is not MISSING:
+            prune.setdefault(item.name, _plain(item.default_factory()))
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Set one value of a recipe's content, by its dotted key."""
+    key, equals, text = override.lstrip("-").partition("=")
+    if not equals or not key:
+        raise ValueError(f"an override is written section.key=value, got {override!r}")
+    *parents, last = key.split(".")
+    node = content
+    for name in parents:
+        node = _open(node, name)
+    if last not in node and "class_path" in node and last != "init_args":
+        node = _open(node, "init_args")
+    value = get_loader("yaml")(text)
+    node[last] = _switch_class(node.get(last), value)
+
+
+def _open(node: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the mapping under a name, writing a short class name out and making what is missing."""
+    if "class_path" in node and name not in ("class_path", "init_args"):
+        node = _open(node, "init_args")
+    inner = node.get(name)
+    if isinstance(inner, str):
+        inner = {"class_path": inner}
+    if not isinstance(inner, dict):
+        inner = {}
+    node[name] = inner
+    return inner
+
+
+def _switch_class(old: Any, new: Any) -> Any:
+    """Return the value that replaces another; a class takes over the options it shares with the class before it."""
+    if not (isinstance(old, dict) and "class_path" in old and isinstance(new, str)):
+        return new
+    for room in registry.rooms():
+        for entry in registry.entries(room):
+            if new == entry.cls.__name__:
+                shared = inspect.signature(entry.cls).parameters
+                kept = {key: value for key, value in (old.get("init_args") or {}).items() if key in shared}
+                return {"class_path": new, "init_args": kept}
+    return new
+
+
+def _plain(value: Any) -> Any:
+    """Turn options into lists, dicts, numbers and strings; a class of a room becomes class_path and init_args."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    cls = type(value)
+    room = next((room for room, base in registry.rooms().items() if isinstance(value, base)), None)
+    if room is None:
+        return (
+            {item.name: _plain(getattr(value, item.name)) for item in fields(value)} if is_dataclass(value) else value
+        )
+    is_packaged = any(cls is entry.cls for entry in registry.entries(room))
+    options = {name: _plain(getattr(value, name)) for name in inspect.signature(cls).parameters}
+    path = cls.__name__ if is_packaged else f"{cls.__module__}.{cls.__qualname__}"
+    return {"class_path": path} | ({"init_args": options} if options else {})

@@ -1,0 +1,136 @@
+"""Find what a room offers, and suggest the nearest name for one it does not.
+
+A room is a folder or a file of this package whose classes keep one contract. Opening a room imports its files, so that
+the recipe parser knows their classes too; there is no table to edit.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+from lightning_prune.types import Allocation, Granularity, Schedule, Scorer, Statistic
+
+__all__ = ["Entry", "contract", "entries", "get", "nearest", "rooms", "statistic", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One class of a room, as `lightning-prune methods` shows it.
+
+    `name` is the file name in a folder of one file per method, and the class name in lower case in a room of one file.
+    """
+
+    room: str
+    name: str
+    cls: type
+    summary: str
+    source: str
+
+
+def rooms() -> dict[str, type]:
+    """Return every room that a recipe chooses from, with the contract of its classes."""
+    return {"scorers": Scorer, "allocations": Allocation, "granularity": Granularity, "schedules": Schedule}
+
+
+def contract(room: str) -> type:
+    """Return the abstract base that the classes of a room derive from.
+
+    Raises:
+        ValueError: if there is no such room.
+    """
+    known = rooms() | {"statistics": Statistic}
+    if room not in known:
+        raise ValueError(unknown("room", room, known))
+    return known[room]
+
+
+def entries(room: str) -> tuple[Entry, ...]:
+    """List the classes of a room in the order of their names.
+
+    Args:
+        room: a key of `rooms()`.
+
+    Raises:
+        ValueError: if there is no such room.
+    """
+    base = contract(room)
+    module = importlib.import_module(f"lightning_prune.{room}")
+    found = [entry for name, file in _files(module) for entry in _entries_of_file(room, name, file, base)]
+    return tuple(sorted(found, key=lambda entry: entry.name))
+
+
+def get(room: str, name: str) -> type:
+    """Return the class of a room by its name or by its class name.
+
+    Raises:
+        ValueError: if the room has no such class; the message gives the nearest name.
+    """
+    offered = entries(room)
+    for entry in offered:
+        if name in (entry.name, entry.cls.__name__):
+            return entry.cls
+    raise ValueError(unknown(room.removesuffix("s"), name, [entry.cls.__name__ for entry in offered]))
+
+
+@functools.cache
+def statistic(name: str) -> type[Statistic]:
+    """Return the class of a statistic by the name that a scorer's `needs` uses.
+
+    Raises:
+        ValueError: if there is no such statistic.
+    """
+    cls: type[Statistic] = get("statistics", name)
+    return cls
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that looks most like this one, upper and lower case alike, or None if none does."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[close[0]] if close else None
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Word the message for a name that is not known: what came, the nearest known name, and all of them."""
+    names = sorted(known)
+    if not names:
+        return f"unknown {kind} {name!r}; there is nothing to choose from here"
+    guess = nearest(name, names)
+    hint = f"; did you mean {guess!r}?" if guess else ";"
+    return f"unknown {kind} {name!r}{hint} known: {', '.join(names)}"
+
+
+def _files(module: ModuleType) -> Iterator[tuple[str, ModuleType]]:
+    """Yield (file name, module) for a folder; for a single file, an empty name and the module itself."""
+    if not hasattr(module, "__path__"):
+        yield "", module
+        return
+    for info in pkgutil.iter_modules(module.__path__):
+        yield info.name, importlib.import_module(f"{module.__name__}.{info.name}")
+
+
+def _entries_of_file(room: str, name: str, module: ModuleType, base: type) -> Iterator[Entry]:
+    for cls in vars(module).values():
+        is_own = isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == module.__name__
+        if not is_own or inspect.isabstract(cls):
+            continue
+        own, shared = inspect.getdoc(cls) or "", inspect.getdoc(module) or ""
+        yield Entry(
+            room=room,
+            name=name or cls.__name__.lower(),
+            cls=cls,
+            summary=(shared if name else own).partition("\n")[0],
+            source=_source(own) or _source(shared),
+        )
+
+
+def _source(text: str) -> str:
+    """Return the `Source:` paragraph of a docstring on one line, or an empty string."""
+    found = re.search(r"^Source:[ \t]*(.+(?:\n[ \t]+\S.*)*)", text, flags=re.MULTILINE)
+    return " ".join(found.group(1).split()) if found else ""

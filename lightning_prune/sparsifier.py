@@ -1,0 +1,404 @@
+"""The conductor: joins the small decisions to the training of a model.
+
+It hooks into torch and not into a trainer, so the same run gives the same weights under Lightning, Transformers or a
+bare loop: gradients of pruned weights are zeroed as they are accumulated, and after every optimizer step statistics
+are fed, masks change when the schedule says so, and the masks are applied.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune import distributed, hooks, masks, saved_state
+from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.decision import Decision, check_combination
+from lightning_prune.granularity import Unstructured
+from lightning_prune.guard import GuardMemory, MetricGuard
+from lightning_prune.held_masks import HeldMasks
+from lightning_prune.observation import Observation
+from lightning_prune.oneshot import OneShot
+from lightning_prune.report import measure
+from lightning_prune.scorers.magnitude import Magnitude
+from lightning_prune.targets import Binding, Targets
+from lightning_prune.types import Allocation, Granularity, Report, Schedule, Scorer
+
+__all__ = ["Sparsifier"]
+
+logger = logging.getLogger(__name__)
+
+
+class Sparsifier:
+    """Prunes a model while it trains, or once.
+
+    Args:
+        schedule: when, and how far.
+        targets: which parameters.
+        granularity: the shape of a hole.
+        scorer: which weights matter.
+        allocation: how one sparsity becomes one per target.
+        guard: a bound on a logged metric.
+        seed: of everything drawn at random.
+
+    Raises:
+        ValueError: if the parts contradict each other or one would have no effect.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        targets: Targets = Targets(),
+        granularity: Granularity = Unstructured(),
+        scorer: Scorer = Magnitude(),
+        allocation: Allocation = Uniform(),
+        guard: MetricGuard | None = None,
+        seed: int = 0,
+    ) -> None:
+        granularity.check_sparsity(schedule.sparsity)
+        check_combination(scorer, allocation, granularity)
+        self.schedule, self.targets, self.granularity = schedule, targets, granularity
+        self.scorer, self.allocation, self.guard, self.seed = scorer, allocation, guard, seed
+        self.step = 0
+        self.num_updates = 0
+        self.history: list[dict[str, float]] = []
+        self.notes: list[str] = []
+        self._held = HeldMasks()
+        self._sparsity = 0.0
+        self._is_once = False
+        self._model: nn.Module | None = None
+        self._clock: torch.optim.Optimizer | None = None
+        self._handles: list[RemovableHandle] = []
+        self._observation: Observation | None = None
+        self._memory = GuardMemory()
+        self._pending: Mapping[str, Any] | None = None
+        self._report: Report | None = None
+        self._plan: tuple[int, int, int] = (0, 0, 1)
+        self._total_steps = 0
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether masks are held in a running training."""
+        return self._model is not None
+
+    @property
+    def is_restoring(self) -> bool:
+        """Return whether a loaded state waits for the next `attach`."""
+        return self._pending is not None
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Return the masks in force by target name, bool, True = keep; this process's rows of a sharded weight."""
+        return self._held.masks
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the masks, as plain values; two runs with the same settings are the same run."""
+        parts = ("targets", "granularity", "scorer", "allocation", "schedule", "guard", "seed")
+        return {part: saved_state.describe(getattr(self, part)) for part in parts}
+
+    def measure(self, model: nn.Module) -> Report:
+        """Count what the targets of a model hold now, without attaching; collective when it is sharded."""
+        return measure(model, self._resolve(model), step=self.step)
+
+    def attach(self, model: nn.Module, optimizers: Iterable[object], *, total_steps: int) -> None:
+        """Find the targets, restore a loaded state, and hold masks from now on.
+
+        Collective: every rank calls it, after the model was wrapped or sharded and its optimizers were made.
+
+        Args:
+            model: the module whose forward is called; targets are found in it by name.
+            optimizers: those that step its weights; a trainer's wrappers are looked through.
+            total_steps: optimizer steps of the whole training.
+
+        Raises:
+            ValueError: if the recipe does not fit the model, the optimizers, the training or the loaded state.
+        """
+        self.detach()
+        if not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(
+                f"the number of training steps must be known, got {total_steps}; set max_steps on the trainer"
+            )
+        distributed.check_supported(model)
+        self._plan, self._total_steps = self.schedule.resolve(total_steps), total_steps
+        bindings = self._resolve(model)
+        inner = [hooks.unwrap_optimizer(optimizer) for optimizer in optimizers]
+        if not inner:
+            raise ValueError("attach needs the optimizers that step the model, got none")
+        observation = Observation(self.scorer, bindings)
+        observation.check_trainable()
+        self._model, self._held.bindings, self._observation = model, bindings, observation
+        self._clock = self._held.own(inner)
+        try:
+            self._begin(model, observation)
+        except BaseException:
+            self._unhook()
+            raise
+
+    def _resolve(self, model: nn.Module) -> list[Binding]:
+        bindings = self.targets.resolve(model)
+        for binding in bindings:
+            self.granularity.check(binding.name, binding.shape_OI)
+        return bindings
+
+    def _begin(self, model: nn.Module, observation: Observation) -> None:
+        """Start the clock, anew or where a loaded state stopped, and register the hooks."""
+        if self._pending is not None:
+            self._restore(self._pending, observation)
+            self._pending = None
+        else:
+            self._start_anew()
+        if not self.scorer.dense_grad:
+            self._handles += self._held.mask_gradients()
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in self._held.optimizers]
+        if not self._is_finished():
+            self._handles += observation.start(model)
+        if self.guard is not None and self.guard.action == "rollback" and self._memory.good is None:
+            self._memory.remember(self._held.parameters, self.masks, self._sparsity)
+        self._held.apply(self._held.bindings)
+        self._update_if_due()
+        self._report = measure(model, self._held.bindings, step=self.step, notes=self.notes)
+
+    def _start_anew(self) -> None:
+        """Set the clock to zero; masks made earlier are held if they are this model's."""
+        if not self._held.fit():
+            if self._is_once:
+                raise ValueError("the masks of prune_once do not fit this model; attach the model that was pruned")
+            self._held.masks.clear()
+        self._sparsity = self._sparsity if self.masks else 0.0
+        self.step, self._memory = 0, GuardMemory()
+        self.history.clear()
+        self.notes.clear()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        if hooks.was_skipped(optimizer):
+            return
+        own = self._held.owned_by(optimizer)
+        if self._observation is not None and not self._is_finished():
+            self._observation.feed_step(own, hooks.grad_divisor(optimizer))
+        if optimizer is self._clock:
+            self.step += 1
+            if self._update_if_due():
+                return
+        self._held.apply(own)
+
+    def _is_finished(self) -> bool:
+        """Return whether masks cannot change any more."""
+        return self._is_once or (self.step >= self._plan[1] and self.guard is None)
+
+    def _update_if_due(self) -> bool:
+        """Change the masks if the schedule says so; return whether they changed."""
+        if self._is_once or self._memory.is_held:
+            return False
+        is_due = self.schedule.is_due(self.step, self._total_steps) or self._memory.is_late
+        sparsity = self.schedule.sparsity_at(self.step, self._total_steps)
+        if not is_due or sparsity == 0 or (sparsity <= self._sparsity and not self.scorer.dense_grad):
+            return False
+        assert self._observation is not None
+        decision = self._decision(self._held.bindings, self._observation)
+        changes = list(decision.decide(decision.budgets(sparsity)))  # all or none: scores may turn out to be NaN
+        for binding, mask in changes:
+            self._held.set(binding, mask)
+        self._memory.is_late, self._sparsity = False, sparsity
+        self._observation.restart_inputs()
+        self._finish_update()
+        if self._is_finished():
+            self._observation.stop()
+        return True
+
+    def _decision(self, bindings: Sequence[Binding], observation: Observation) -> Decision:
+        return Decision(
+            bindings=bindings,
+            scorer=self.scorer,
+            granularity=self.granularity,
+            allocation=self.allocation,
+            held=self.masks,
+            read=observation.read,
+            step=self.step,
+            seed=self.seed,
+        )
+
+    def _finish_update(self) -> None:
+        """Count a change of masks, check that ranks agree, and measure."""
+        assert self._model is not None
+        self.num_updates += 1
+        self._held.check_agreement()
+        self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
+        self._record({"sparsity": self._report.sparsity})
+
+    def _record(self, values: Mapping[str, float]) -> None:
+        if not self.history or self.history[-1]["step"] != self.step:
+            self.history.append({"step": self.step})
+        self.history[-1].update(values)
+
+    def _note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        distributed.log(logger, logging.WARNING, "%s", sentence)
+        if self._report is not None:
+            self._report = dataclasses.replace(self._report, notes=tuple(self.notes))
+
+    def observe(self, metrics: Mapping[str, object]) -> None:
+        """Take in logged metrics: for the history, and for the guard, which may hold or roll back.
+
+        Collective when a guard is set: every rank calls it with the same names.
+        """
+        numbers = saved_state.only_numbers(metrics)
+        self._record(numbers)
+        if self.guard is None or self.guard.metric not in numbers or not self.is_attached:
+            return
+        value = distributed.broadcast_number(numbers[self.guard.metric], self._held.device)
+        self._memory.has_seen = True
+        if self.guard.is_crossed(value):
+            if not self._memory.is_held:
+                self._hold(self.guard, value)
+            return
+        if self._memory.is_held:
+            self._memory.is_held, self._memory.is_late = False, True
+            self._note(f"step {self.step}: {self.guard.metric} = {value:.6g} is within bounds again; pruning goes on")
+        if self.guard.action == "rollback":
+            self._memory.remember(self._held.parameters, self.masks, self._sparsity)
+
+    def _hold(self, guard: MetricGuard, value: float) -> None:
+        what = f"holds at sparsity {self._sparsity:.4g}"
+        good = self._memory.good
+        self._memory.is_held = True
+        if guard.action == "rollback" and good is not None and self._sparsity > good.sparsity:
+            what = f"goes back from sparsity {self._sparsity:.4g} to the masks of {good.sparsity:.4g}"
+            self._held.go_back(good)
+            self._sparsity = good.sparsity
+            self._finish_update()
+        self._note(f"step {self.step}: {guard.metric} = {value:.6g} crossed its bound; pruning {what}")
+
+    def prune_once(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), *, progress: bool = True
+    ) -> Report:
+        """Prune a model now to the schedule's final sparsity; the masks are held if it is trained afterwards.
+
+        Args:
+            model: pruned in place.
+            batches: keyword arguments of the model's forward, one mapping per call; scorers that need inputs run them
+                block by block, scorers that need gradients also need `labels` (`input_ids` are used if there are none).
+            progress: whether to show bars.
+
+        Returns:
+            what was pruned.
+
+        Raises:
+            ValueError: if the recipe does not fit the model or the batches.
+        """
+        if self.is_attached:
+            raise ValueError("prune_once needs a model that is not in training; call detach first")
+        distributed.check_supported(model)
+        self._held = HeldMasks()
+        self._held.bindings = self._resolve(model)
+        observation = Observation(self.scorer, self._held.bindings)
+        job = OneShot(
+            model,
+            observation,
+            decide=lambda bindings: self._decision(bindings, observation),
+            set_mask=self._held.set,
+            sparsity=self.schedule.sparsity,
+            progress=progress,
+        )
+        job.run(list(batches))
+        self._sparsity, self._is_once = self.schedule.sparsity, True
+        self._model = model
+        self._finish_update()
+        self._model = None
+        return self.report()
+
+    def detach(self) -> None:
+        """Let go of the model; it keeps its exact zeros. Says aloud when the promised sparsity was not reached."""
+        if self._model is None:
+            return
+        self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
+        if self._sparsity < self.schedule.sparsity - 1e-9:
+            self._note(
+                f"training ended at step {self.step} of a schedule that ends at step {self._plan[1]}: sparsity is "
+                f"{self._sparsity:.4g}, not the promised {self.schedule.sparsity:.4g}"
+            )
+        if sum(target.num_zeros for target in self._report.targets) < self._held.num_pruned():
+            self._note(
+                "the weights were replaced after the last step (by the best checkpoint?): sparsity is "
+                f"{self._report.sparsity:.4g}, while the masks hold {self._sparsity:.4g}"
+            )
+        if self.guard is not None and not self._memory.has_seen:
+            self._note(f"the guarded metric {self.guard.metric!r} was never logged, so the guard had no effect")
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._observation is not None:
+            self._observation.stop()
+        self._model, self._observation, self._clock, self._held.optimizers = None, None, None, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resume needs as plain dicts, tensors, numbers and strings; collective.
+
+        Masks are packed to one bit per weight, whole and without sharding; `torch.load(weights_only=True)` reads it.
+        """
+        if self._model is None and self._pending is not None:
+            return dict(self._pending)
+        bindings = self._held.bindings
+        packed = saved_state.pack_masks(self.masks, bindings)
+        statistics = {} if self._observation is None else self._observation.statistics
+        return {
+            "format_version": saved_state.FORMAT_VERSION,
+            "step": self.step,
+            "sparsity": self._sparsity,
+            "plan": list(self._plan),
+            "settings": self.settings(),
+            "shapes": self._shapes(),
+            "masks": packed,
+            "digest": masks.digest(sorted(packed.items())),
+            "statistics": saved_state.gather_statistics(statistics, bindings),
+            "guard": saved_state.pack_guard(self._memory, bindings),
+            "history": [dict(entry) for entry in self.history],
+            "notes": list(self.notes),
+            "num_updates": self.num_updates,
+            "is_once": self._is_once,
+        }
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {binding.name: list(binding.parameter.shape) for binding in self._held.bindings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a saved state; it is checked now and put in force by the next `attach`.
+
+        Raises:
+            ValueError: if the state is of another format, damaged, or of another recipe.
+        """
+        saved_state.check_version(state)
+        saved_state.check_digest(state)
+        saved_state.check_same("recipe", state["settings"], self.settings())
+        self._pending = dict(state)
+
+    def _restore(self, state: Mapping[str, Any], observation: Observation) -> None:
+        saved_state.check_same("model", state["shapes"], self._shapes())
+        self._is_once = bool(state["is_once"])
+        if not self._is_once:
+            saved_state.check_plan(state["plan"], self._plan)
+        self.step, self.num_updates = int(state["step"]), int(state["num_updates"])
+        self._sparsity = float(state["sparsity"])
+        self.history = [dict(entry) for entry in state["history"]]
+        self.notes = list(state["notes"])
+        bindings = self._held.bindings
+        self._held.masks.clear()
+        self._held.masks.update(saved_state.unpack_masks(state["masks"], bindings))
+        saved_state.restore_statistics(state["statistics"], observation.statistics, bindings)
+        self._memory = saved_state.unpack_guard(state["guard"], bindings)
+
+    def report(self) -> Report:
+        """Return what was pruned, as of the last change of masks.
+
+        Raises:
+            ValueError: before the first `attach` or `prune_once`.
+        """
+        if self._report is None:
+            raise ValueError("nothing to report yet; attach the sparsifier to a training or call prune_once first")
+        return self._report

@@ -1,0 +1,36 @@
+"""A moving average of the absolute gradient of every weight.
+
+Source: the growth criterion of Evci et al., Rigging the Lottery, arXiv 1911.11134, averaged over steps.
+Cost: one float32 number per weight while training.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_prune.types import Statistic
+
+__all__ = ["GradMagnitude"]
+
+
+class GradMagnitude(Statistic):
+    """Average |gradient| over optimizer steps."""
+
+    source = "step"
+    average: Tensor
+    num_steps: Tensor
+
+    def __init__(self, weight: Tensor, num_inputs: int, beta: float) -> None:
+        super().__init__(sync_on_compute=False)
+        self.beta = beta
+        self.add_state("average", torch.zeros(weight.shape, dtype=torch.float32), dist_reduce_fx=None)
+        self.add_state("num_steps", torch.zeros((), dtype=torch.int64), dist_reduce_fx=None)
+        self.to(weight.device)
+
+    def update(self, weight: Tensor, grad: Tensor) -> None:
+        """Take in one optimizer step."""
+        self.average.lerp_(grad.float().abs(), 1 - self.beta)
+        self.num_steps += 1
+
+    def compute(self) -> Tensor:
+        """Return the average, corrected for its start at zero, shaped like the weight."""
+        return self.average / (1 - self.beta ** int(self.num_steps))

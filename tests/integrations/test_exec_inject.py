@@ -1,0 +1,413 @@
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
+
+import training_programs as programs  # noqa: E402
+from training_programs import differences, exec_command, run, zeros  # noqa: E402
+
+from lightning_prune.integrations import exec_inject, hf_trainer  # noqa: E402
+from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec  # noqa: E402
+
+SITE = Path(exec_inject.__file__).parent / "exec_site"
+RUN_PROCESS = f"""
+import os, sys
+sys.path.insert(0, {str(SITE.parent)!r})
+from exec_process import run_process
+sys.exit(run_process([sys.executable, *sys.argv[1:]], os.environ))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(programs.TRANSFORMERS_RECIPE)
+    return str(path)
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# Lightning
+
+
+@pytest.fixture(scope="module")
+def lightning_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a Lightning program, a recipe, and `whole`: what an uninterrupted run left."""
+    folder = tmp_path_factory.mktemp("lightning")
+    program = written(folder / "train.py", programs.LIGHTNING)
+    recipe = written(folder / "recipe.yaml", programs.LIGHTNING_RECIPE)
+    result = run(*exec_command(recipe, program, folder / "whole"))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_lightning_script_is_pruned(lightning_folder: Path) -> None:
+    assert zeros(torch.load(lightning_folder / "whole" / "final.pt")) == {"layers.0.weight": 0.5, "layers.2.weight": 0.5}
+
+
+def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
+    moved = shutil.copy(lightning_folder / "whole" / "step=8.ckpt", lightning_folder / "moved.ckpt")
+    command = exec_command(lightning_folder / "recipe.yaml", lightning_folder / "train.py", lightning_folder / "resumed")
+    result = run(*command, "--resume", moved)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[:2] == ["step", "8"]
+    whole, resumed = (torch.load(lightning_folder / name / "last.ckpt") for name in ("whole", "resumed"))
+    assert differences(whole["state_dict"], resumed["state_dict"]) == []
+    assert differences(whole["optimizer_states"], resumed["optimizer_states"]) == []
+    assert differences(whole["callbacks"]["PruningCallback"], resumed["callbacks"]["PruningCallback"]) == []
+
+
+def test_ranks_that_lightning_starts_are_pruned(lightning_folder: Path) -> None:
+    program = lightning_folder / "train.py"
+    text = program.read_text().replace("if trainer.is_global_zero:", "if True:").replace(
+        '"/final.pt"', 'f"/final{trainer.global_rank}.pt"'
+    )
+    both = written(lightning_folder / "both.py", text)
+    out = lightning_folder / "ranks"
+    result = run(*exec_command(lightning_folder / "recipe.yaml", both, out, "--devices", 2))
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(out / f"final{rank}.pt") for rank in (0, 1))
+    assert set(zeros(first).values()) == {0.5}
+    assert differences(first, second) == []
+
+
+@pytest.mark.slow
+def test_pytorch_lightning_script_is_pruned(lightning_folder: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    text = programs.LIGHTNING.replace("lightning.pytorch.", "pytorch_lightning.").replace(
+        "import lightning\n", "import pytorch_lightning as lightning\n"
+    )
+    program = written(lightning_folder / "older_name.py", text)
+    out = lightning_folder / "older_name"
+    result = run(*exec_command(lightning_folder / "recipe.yaml", program, out))
+    assert result.returncode == 0, result.stderr
+    expected = torch.load(lightning_folder / "whole" / "final.pt")
+    assert differences(torch.load(out / "final.pt"), expected) == []
+
+
+@pytest.mark.slow
+def test_lightning_cli_program_is_pruned(lightning_folder: Path) -> None:
+    text = programs.LIGHTNING.partition("if __name__")[0] + (
+        "from lightning.pytorch.cli import LightningCLI\n"
+        "class Data(lightning.LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return torch.utils.data.DataLoader([(torch.ones(8, 16), torch.ones(8, 8))] * 6, batch_size=None)\n"
+        "cli = LightningCLI(Network, Data, save_config_callback=None)\n"
+        "torch.save(cli.model.state_dict(), 'cli.pt')\n"
+    )
+    program = written(lightning_folder / "command.py", text)
+    options = ("--trainer.max_steps=24", "--trainer.logger=false", "--trainer.accelerator=cpu")
+    command = exec_command(lightning_folder / "recipe.yaml", program, "fit", *options)
+    result = run(*command, cwd=lightning_folder)
+    assert result.returncode == 0, result.stderr
+    assert set(zeros(torch.load(lightning_folder / "cli.pt")).values()) == {0.5}
+
+
+# Transformers
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a transformers program, a recipe, and what an uninterrupted run with -m left and printed."""
+    folder = tmp_path_factory.mktemp("transformers")
+    written(folder / "program_of_mine.py", programs.TRANSFORMERS)
+    written(folder / "recipe.yaml", programs.TRANSFORMERS_RECIPE)
+    result = run(*exec_command(Path("recipe.yaml"), "-m", "program_of_mine", folder / "whole"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    written(folder / "printed", result.stdout)
+    return folder
+
+
+def final(folder: Path) -> dict[str, Any]:
+    weights: dict[str, Any] = load_file(folder / "final" / "model.safetensors")
+    return weights
+
+
+def test_module_is_pruned(transformers_folder: Path) -> None:
+    sparsity = zeros(final(transformers_folder / "whole"))
+    assert len(sparsity) == 2 * 7 + 2
+    assert {name: value for name, value in sparsity.items() if value != 0.5} == {
+        "lm_head.weight": 0.0,
+        "model.embed_tokens.weight": 0.0,
+    }
+
+
+def test_subclass_of_trainer_gets_one_callback(transformers_folder: Path) -> None:
+    line = next(line for line in (transformers_folder / "printed").read_text().splitlines() if "callbacks" in line)
+    assert line.split().count("PruningCallback") == 1
+
+
+def test_transformers_script_resumes_exactly(transformers_folder: Path) -> None:
+    whole, resumed = transformers_folder / "whole", transformers_folder / "resumed"
+    moved = shutil.copytree(whole / "checkpoint-8", transformers_folder / "moved" / "checkpoint-8")
+    program = transformers_folder / "program_of_mine.py"
+    result = run(*exec_command(transformers_folder / "recipe.yaml", program, resumed, "--resume", moved))
+    assert result.returncode == 0, result.stderr
+    assert not (resumed / "checkpoint-8").exists()
+    assert differences(final(whole), final(resumed)) == []
+    for name in ("optimizer.pt", hf_trainer.SIDE_FILE):
+        one, other = (torch.load(out / "checkpoint-24" / name, weights_only=True) for out in (whole, resumed))
+        assert differences(one, other) == [], name
+
+
+def test_callback_of_the_program_itself_counts(transformers_folder: Path) -> None:
+    quarter = written(transformers_folder / "quarter.yaml", programs.TRANSFORMERS_RECIPE.replace("0.5", "0.25"))
+    text = programs.with_callback(programs.TRANSFORMERS, hf_trainer.__name__, quarter)
+    program = written(transformers_folder / "own.py", text)
+    out = transformers_folder / "own"
+    result = run(*exec_command(transformers_folder / "recipe.yaml", program, out))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split().count("PruningCallback") == 1
+    assert set(zeros(final(out)).values()) == {0.25, 0.0}
+
+
+def test_trainer_that_never_trains_is_an_error(transformers_folder: Path) -> None:
+    program = transformers_folder / "program_of_mine.py"
+    result = run(*exec_command(transformers_folder / "recipe.yaml", program, "unused", "--no_train"))
+    assert result.returncode == EXIT_NOT_PRUNED
+    assert "nothing was pruned" in result.stderr
+    assert "did not train it" in result.stderr
+
+
+def test_workers_of_torchrun_are_pruned(transformers_folder: Path) -> None:
+    launcher = Path(sys.executable).with_name("torchrun")
+    out = transformers_folder / "inside"
+    result = run(
+        *exec_command(transformers_folder / "recipe.yaml", launcher, "--standalone", "--nproc-per-node", 2),
+        transformers_folder / "program_of_mine.py",
+        out,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split().count("PruningCallback") == 2
+    assert set(zeros(final(out)).values()) == {0.5, 0.0}
+
+
+@pytest.mark.slow
+def test_exec_below_torchrun_is_pruned(transformers_folder: Path) -> None:
+    out = transformers_folder / "outside"
+    result = run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
+        *exec_command(transformers_folder / "recipe.yaml", transformers_folder / "program_of_mine.py", out),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split().count("PruningCallback") == 2
+    assert set(zeros(final(out)).values()) == {0.5, 0.0}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_is_pruned(transformers_folder: Path) -> None:
+    launcher = Path(sys.executable).with_name("accelerate")
+    out = transformers_folder / "accelerate"
+    result = run(
+        *exec_command(transformers_folder / "recipe.yaml", launcher, "launch", "--cpu", "--num_processes", 1),
+        transformers_folder / "program_of_mine.py",
+        out,
+    )
+    assert result.returncode == 0, result.stderr
+    assert differences(final(out), final(transformers_folder / "whole")) == []
+
+
+# Around the program
+
+
+def test_bad_recipe_ends_before_the_program_starts(tmp_path: Path) -> None:
+    program = written(tmp_path / "train.py", f"open({str(tmp_path / 'started')!r}, 'w')")
+    bad = written(tmp_path / "bad.yaml", programs.LIGHTNING_RECIPE.replace("sparsity", "sparsty"))
+    result = run(*exec_command(bad, program))
+    assert result.returncode == 2
+    assert "sparsity" in result.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_program_without_trainer_is_an_error_and_pays_nothing(
+    tmp_path: Path, recipe: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    program = written(tmp_path / "train.py", "import sys; print(sys.path, 'torch' in sys.modules)")
+    plain = run(program).stdout
+    assert run_exec(recipe, [str(program)]) == EXIT_NOT_PRUNED
+    assert capfd.readouterr().out == plain
+    assert plain.endswith("False\n")
+    assert "nothing was pruned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 128 + 9), ("1 / 0", 1)]
+)
+def test_exit_code_is_passed_on(tmp_path: Path, recipe: str, text: str, code: int) -> None:
+    assert run_exec(recipe, [str(written(tmp_path / "train.py", text))]) == code
+
+
+def test_marker_is_removed(tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    look = "import os; raise SystemExit(40 + os.path.isdir(os.path.dirname(os.environ['LIGHTNING_PRUNE_EXEC_MARKER'])))"
+    assert run_exec(recipe, ["-c", look]) == 41
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "message"), [([], "needs a command"), (["no-such-program", "x"], "no-such-program")])
+def test_command_that_cannot_run_is_refused(recipe: str, command: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_exec(recipe, command)
+
+
+# Signals
+
+
+def start(tmp_path: Path, text: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a program below `run_process`, without a terminal, and return the parent and the program's id."""
+    identity = tmp_path / "identity"
+    program = written(
+        tmp_path / "sleep.py",
+        f"import os, time\nopen({str(identity)!r} + '.new', 'w').write(str(os.getpid()))\n"
+        f"os.rename({str(identity)!r} + '.new', {str(identity)!r})\n{text}",
+    )
+    parent = subprocess.Popen([sys.executable, "-c", RUN_PROCESS, str(program)], start_new_session=True)
+    wait_until(identity.exists)
+    return parent, int(identity.read_text())
+
+
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def is_running(identity: int) -> bool:
+    try:
+        status = Path(f"/proc/{identity}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_reaches_the_program(tmp_path: Path, signum: signal.Signals) -> None:
+    text = f"import signal\nsignal.signal({int(signum)}, lambda *_: exit(50))\ntime.sleep(30)"
+    parent, identity = start(tmp_path, text)
+    time.sleep(0.1)
+    parent.send_signal(signum)
+    assert parent.wait(timeout=20) == 50
+    assert not is_running(identity)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tie a child's life to its parent's")
+def test_program_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    parent, identity = start(tmp_path, "time.sleep(30)")
+    assert is_running(identity)
+    parent.kill()
+    parent.wait(timeout=20)
+    wait_until(lambda: not is_running(identity))
+
+
+# The sitecustomize module, in the interpreter below the virtual environment, which has no lightning_prune
+
+
+@pytest.fixture
+def fake_home(tmp_path: Path) -> Path:
+    """Return a folder with a trainer module and a stand-in for the library, reached through the environment only."""
+    package = tmp_path / "home" / "lightning_prune" / "integrations"
+    package.mkdir(parents=True)
+    written(
+        package / "exec_inject.py",
+        "def add_callback(name, construct, trainer, args, kwargs):\n"
+        "    return args, kwargs | {'callbacks': [name, construct.__qualname__]}\n",
+    )
+    (tmp_path / "program").mkdir()
+    written(
+        tmp_path / "program" / "some_trainer.py",
+        "class Trainer:\n    def __init__(self, *, callbacks=()):\n        self.callbacks = callbacks\n",
+    )
+    return tmp_path
+
+
+def run_bare(folder: Path, text: str, *, recipe: str | None) -> str:
+    """Run a program in the base interpreter with `exec_site` and the folder `program` on its path."""
+    environment = {
+        "PYTHONPATH": f"{SITE}:{folder / 'program'}",
+        "LIGHTNING_PRUNE_EXEC_MODULES": "some_trainer:other",
+        "LIGHTNING_PRUNE_EXEC_HOME": str(folder / "home"),
+    } | ({} if recipe is None else {"LIGHTNING_PRUNE_EXEC_RECIPE": recipe})
+    base = getattr(sys, "_base_executable", sys.executable)
+    result = subprocess.run([base, "-c", text], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_trainer_module_is_wrapped_once_imported(fake_home: Path) -> None:
+    text = "import inspect, some_trainer as t; print(t.Trainer().callbacks, inspect.signature(t.Trainer))"
+    assert run_bare(fake_home, text, recipe="x") == "['some_trainer', 'Trainer.__init__'] (*, callbacks=())\n"
+
+
+def test_nothing_is_wrapped_without_the_recipe(fake_home: Path) -> None:
+    assert run_bare(fake_home, "import some_trainer as t; print(t.Trainer().callbacks)", recipe=None) == "()\n"
+
+
+def test_hidden_sitecustomize_runs(fake_home: Path) -> None:
+    written(fake_home / "program" / "sitecustomize.py", "import sys; seen = list(sys.path)")
+    text = "import sys, sitecustomize; print(sitecustomize.seen == sys.path[1:], [p for p in sys.path if 'exec_site' in p])"
+    assert run_bare(fake_home, text, recipe="x") == "True []\n"
+
+
+# Arguments of a Trainer
+
+
+class FakeCallback:
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+
+
+def construct(self: object, model: object, callbacks: Any = None, **options: int) -> None:
+    raise AssertionError("the arguments are only bound")
+
+
+@pytest.fixture
+def _fake_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(exec_inject, "_callback_class", lambda adapter: FakeCallback)
+    monkeypatch.setenv("LIGHTNING_PRUNE_EXEC_RECIPE", "some/recipe")
+    monkeypatch.setenv("LIGHTNING_PRUNE_EXEC_MARKER", str(tmp_path / "marker"))
+
+
+def added(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return add_callback("transformers.trainer", construct, object(), args, kwargs)
+
+
+@pytest.mark.usefixtures("_fake_adapter")
+@pytest.mark.parametrize("others", [None, "one", ["one", "two"], ("one",)])
+def test_callback_comes_after_those_of_the_program(others: Any) -> None:
+    given = list(others) if isinstance(others, list | tuple) else [others] if others else []
+    for args, kwargs in (added("model", others, rate=1), added("model", callbacks=others, rate=1)):
+        assert args[0] == "model"
+        callbacks = args[1]
+        assert callbacks[:-1] == given
+        assert callbacks[-1].recipe == "some/recipe"
+        assert callbacks is not others
+        assert kwargs == {"rate": 1}
+
+
+@pytest.mark.usefixtures("_fake_adapter")
+def test_callback_is_not_added_twice() -> None:
+    own = FakeCallback("own")
+    args, _ = added("model", [own])
+    assert args[1] == [own]
+
+
+@pytest.mark.usefixtures("_fake_adapter")
+def test_wrong_arguments_are_left_to_the_trainer() -> None:
+    assert added("model", [], "surplus", rate=1) == (("model", [], "surplus"), {"rate": 1})
