@@ -77,7 +77,12 @@ def seconds(work: Callable[[], object]) -> float:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median and quartiles; for fewer than four values the extremes stand for the quartiles."""
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 3 else (min(values), 0.0, max(values))
-    return {"median": round(statistics.median(values), 5), "low": round(low, 5), "high": round(high, 5), "n": len(values)}
+    return {
+        "median": round(statistics.median(values), 5),
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "n": len(values),
+    }
 
 
 def limit(name: str, measured: float, at_most: float) -> dict[str, object]:
@@ -90,7 +95,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     cells = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(len(row[idx]) for row in cells) for idx in range(len(head))]
     for idx, row in enumerate(cells):
-        first, *rest = (cell.ljust(w) if pos == 0 else cell.rjust(w) for pos, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        first, *rest = (
+            cell.ljust(w) if pos == 0 else cell.rjust(w) for pos, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         print("  ".join([first, *rest]), flush=True)
         if idx == 0:
             print("-" * (sum(widths) + 2 * (len(widths) - 1)))
@@ -189,7 +196,7 @@ def live_bytes() -> int:
         if issubclass(type(item), Tensor) and item.layout is torch.strided:
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-            if item.grad is not None:
+            if item.is_leaf and item.grad is not None:
                 grad = item.grad.untyped_storage()
                 storages[grad.data_ptr()] = grad.nbytes()
     return sum(storages.values())
@@ -213,9 +220,7 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Run the operation and count the storages that are new."""
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

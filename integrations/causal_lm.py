@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -148,7 +149,7 @@ class CausalLM(LightningModule):
         """Log the perplexity of all held-out tokens."""
         self.log("val_ppl", self.trainer.callback_metrics["val_loss"].exp(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW and the learning rate's way."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [

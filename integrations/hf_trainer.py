@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_prune.integrations.pruning_run import PruningRun
 
 from lightning_prune import distributed
-from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.recipe import Recipe
 from lightning_prune.saved_state import load_file
 

@@ -7,15 +7,16 @@ sections are read by `lightning_prune.recipe`, as in every other way of running 
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_prune.integrations.lightning_trainer import PruningCallback
 
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe import Recipe, one_line
 
 __all__ = ["RecipeCLI", "run_recipe"]
 
@@ -54,8 +55,8 @@ def run_recipe(
         raise ValueError(f"recipe {recipe.name} has no model section; give --model a class, a path or a hub id")
     try:
         cli = RecipeCLI(recipe, arguments, is_dry=print_config)
-    except ArgumentError as error:
-        raise ValueError(f"{config}: {' '.join(str(error).split())}") from error
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"{config}: {one_line(error)}") from error
     if print_config:
         print(cli.whole_config(), end="")  # noqa: T201
         return 0
@@ -80,6 +81,10 @@ class RecipeCLI(LightningCLI):
             parser_kwargs={"exit_on_error": False},
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments; those of the process belong to the command that made them."""
+        self.config = parser.parse_args(args)
+
     def instantiate_classes(self) -> None:
         """Build trainer, model and data, unless only the configuration is wanted."""
         if not self._is_dry:
@@ -87,7 +92,7 @@ class RecipeCLI(LightningCLI):
 
     def whole_config(self) -> str:
         """Return the recipe as YAML, with every trainer, model and data option written out."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=False))
         sections = {key: config[key] for key in _SECTIONS if config.get(key) is not None}
         return yaml.safe_dump(self.recipe.as_dict() | sections, sort_keys=False, width=120)
 
@@ -102,8 +107,6 @@ class _SaveWholeConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write `config.yaml` into the run's log folder, if it has one."""
         if trainer.log_dir is not None and trainer.is_global_zero:
-            from pathlib import Path
-
             folder = Path(trainer.log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / self.config_filename).write_text(self._text(), encoding="utf-8")
@@ -127,21 +130,30 @@ def _name_model(recipe: Recipe, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _is_class(value: str) -> bool:
-    """Return whether a value names a LightningModule: a dotted path that imports, or the short name of a known one."""
+    """Return whether a value names a LightningModule and not a folder or a hub id.
+
+    Raises:
+        ValueError: if it looks like a dotted class path that does not import.
+    """
+    if "/" in value or Path(value).expanduser().is_dir():
+        return False
     module, dot, name = value.rpartition(".")
     if not dot:
-        return any(cls.__name__ == value for cls in _known_modules(LightningModule))
-    if not all(part.isidentifier() for part in value.split(".")):
-        return False
+        return any(cls.__name__ == value for cls in _subclasses(LightningModule))
     try:
-        return hasattr(importlib.import_module(module), name)
+        is_found = hasattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-            return False
-        raise
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        is_found = False
+    if not is_found:
+        raise ValueError(
+            f"--model {value} is neither a class that can be imported, a folder, nor a hub id such as org/name"
+        )
+    return True
 
 
-def _known_modules(base: type) -> Iterator[type]:
+def _subclasses(base: type) -> Iterator[type]:
     for cls in base.__subclasses__():
         yield cls
-        yield from _known_modules(cls)
+        yield from _subclasses(cls)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.integrations.pruning_run import PruningRun, language_model
 from torch import nn
 
-from lightning_prune.integrations.pruning_run import PruningRun, language_model
 from lightning_prune.recipe import Recipe
 
 try:

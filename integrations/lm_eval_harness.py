@@ -1,7 +1,8 @@
 """Evaluate a model with lm-eval in the middle of training, and leave the training as it was.
 
-Every rank may run the same evaluation: each one scores all documents by itself, so no rank waits for another unless the model itself
-is sharded, and then all of them call it alike. Works with a bare, compiled, DDP-wrapped or PEFT-wrapped Hugging Face model.
+Every rank may run the same evaluation: each one scores all documents by itself, so no rank waits for another unless the
+model itself is sharded, and then all of them call it alike. Works with a bare, compiled, DDP-wrapped or PEFT-wrapped
+Hugging Face model.
 """
 
 import copy
@@ -9,18 +10,17 @@ import difflib
 import functools
 import logging
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.distributed import is_first_rank
+from lightning_prune.integrations.training_state import untouched
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -57,8 +57,8 @@ def evaluate_model(
 ) -> dict[str, dict[str, float]]:
     """Score a model on lm-eval tasks without a trace in its training state.
 
-    Training modes, random states, gradients and the configuration are afterwards what they were before. Neither the model nor its
-    parameters are replaced, so masks and optimizer state stay valid.
+    Training modes, random states, gradients and the configuration are afterwards what they were before. Neither the
+    model nor its parameters are replaced, so masks and optimizer state stay valid.
 
     Args:
         model: a Hugging Face causal or sequence-to-sequence model, possibly compiled or wrapped.
@@ -80,7 +80,7 @@ def evaluate_model(
     bare = _unwrap(model)
     from lm_eval.evaluator import evaluate
 
-    with _untouched(bare), _quiet():
+    with untouched(bare, seed=_SEED), _quiet():
         loaded = manager.load(list(tasks))
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
@@ -197,48 +197,6 @@ def _numbers(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, fl
         }
         for task, metrics in results.items()
     }
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode with a fixed seed; put modes, configuration and random states back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    use_cache = getattr(model.config, "use_cache", None)
-    with ExitStack() as stack:
-        stack.enter_context(_fixed_seed())
-        stack.enter_context(torch.no_grad())
-        if any(getattr(module, "_compiled_call_impl", None) is not None for module, _ in modes):
-            # Sequences of many lengths would be compiled again and again.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for module, _ in modes:
-                module.training = False  # not .eval(), which some modules override to do more
-            if use_cache is not None:
-                model.config.use_cache = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            if use_cache is not None:
-                model.config.use_cache = use_cache
-
-
-@contextmanager
-def _fixed_seed() -> Iterator[None]:
-    """Seed Python, numpy and torch; put their states back at the end."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            random.seed(_SEED)
-            np.random.seed(_SEED)
-            torch.default_generator.manual_seed(_SEED)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(_SEED)
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 @contextmanager

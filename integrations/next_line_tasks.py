@@ -1,6 +1,7 @@
 """Make lm-eval tasks from held-out text: choose the true next line, and compress whole texts.
 
-The tasks are plain task files with their data beside them, so any later evaluation can name the folder as `include_path`.
+The tasks are plain task files with their data beside them, so any later evaluation can name the folder as
+`include_path`.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_prune.integrations.text_data import Document
+from lightning_prune.integrations.text_documents import Document
 
 __all__ = ["NEXT_LINE", "WHOLE_TEXT", "next_line_questions", "write_tasks"]
 
@@ -25,7 +26,8 @@ _LINE = (12, 72)  # characters of a line that can be an answer
 def next_line_questions(documents: Sequence[Document], *, limit: int, seed: int = 0) -> list[dict[str, object]]:
     """Ask which line comes next: the true one or three others of the same document.
 
-    The wrong lines are those nearest in length to the true one, from outside the shown context, so length gives nothing away.
+    The wrong lines are those nearest in length to the true one, from outside the shown context, so length gives
+    nothing away.
 
     Args:
         documents: held-out texts.

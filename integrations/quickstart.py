@@ -1,7 +1,7 @@
-"""The main job in one call: train a small model, prune it while training, evaluate, export, and compare with honest baselines.
+"""The main job in one call: train a small model, prune it while training, evaluate, export, compare with baselines.
 
-Everything lands in one new folder: `model/` (a Hugging Face folder), `report/`, `tasks/` (the lm-eval tasks made from held-out text),
-`logs/` and `results.json`.
+Everything lands in one new folder: `model/` (a Hugging Face folder), `report/`, `tasks/` (the lm-eval tasks made from
+held-out text), `logs/` and `results.json`.
 """
 
 import dataclasses
@@ -47,8 +47,9 @@ def run_quickstart(
 ) -> int:
     """Run the whole job and print its table.
 
-    A new model is first trained for `trainer.max_steps`; a given one is taken as it is. That dense model is then trained for as many
-    steps once more: dense for comparison, and with the recipe's pruning. The table also shows it pruned at once without training.
+    A new model is first trained for `trainer.max_steps`; a given one is taken as it is. That dense model is trained for
+    as many steps once more: dense for comparison, and with the recipe's pruning. The table also shows it pruned at once
+    without training.
 
     Args:
         config: a packaged recipe name or a path; its model is a `CausalLM` and its data a `TextData`.

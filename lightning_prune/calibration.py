@@ -33,17 +33,17 @@ class _Stop(BaseException):
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode without cache, and put every module's mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]  # one for each side of T5
+    caches = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", None)]
     model.eval()
-    if use_cache:
+    for config, _ in caches:
         config.use_cache = False
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        if use_cache:
+        for config, use_cache in caches:
             config.use_cache = use_cache
 
 
@@ -169,10 +169,10 @@ def walk_blocks(
                 here = [lane for lane in waiting if lane.block is block]
                 forward = originals[id(block)]
 
-                def run(here: list[_Lane] = here, forward: Callable[..., object] = forward) -> None:
+                def run(here: list[_Lane] = here, block: nn.Module = block) -> None:
                     for lane in here:
                         args, kwargs = lane.arguments
-                        forward(*args, **kwargs)
+                        block(*args, **kwargs)  # called, so that hooks on the block itself observe
 
                 visit(block, run)
                 passed.add(id(block))

@@ -14,7 +14,7 @@ from lightning_prune import distributed
 from lightning_prune.targets import Binding
 from lightning_prune.types import Statistic
 
-__all__ = ["clear_state", "grad_divisor", "mask_gradient", "observe_inputs", "unwrap_optimizer", "was_skipped"]
+__all__ = ["clear_state", "mask_gradient", "observe_inputs", "unwrap_optimizer", "was_skipped"]
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
@@ -41,11 +41,6 @@ def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
-
-
-def grad_divisor(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Return what gradients must be divided by: the loss scale, where a fused step unscales by itself."""
-    return getattr(optimizer, "grad_scale", None)
 
 
 def mask_gradient(parameter: Tensor, masks: Mapping[str, Tensor], name: str) -> RemovableHandle:

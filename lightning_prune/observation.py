@@ -82,15 +82,14 @@ class Observation:
         self._handles.clear()
 
     @torch.no_grad()
-    def feed_step(self, bindings: Sequence[Binding], divisor: Tensor | None) -> None:
-        """Feed weights and gradients after an optimizer step; `divisor` is the loss scale still in the gradients."""
+    def feed_step(self, bindings: Sequence[Binding]) -> None:
+        """Feed weights and gradients after an optimizer step; fused optimizers have unscaled them by then."""
         if not self.has_steps:
             return
         for binding in bindings:
             if binding.parameter.grad is None:
                 continue
             grad = distributed.local(binding.parameter.grad)
-            grad = grad if divisor is None else grad / divisor
             for statistic in self.statistics[binding.name].values():
                 if statistic.source == "step":
                     statistic.update(distributed.local(binding.parameter.detach()), grad)

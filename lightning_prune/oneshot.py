@@ -132,7 +132,7 @@ class OneShot:
                     "to the batches"
                 )
             loss.backward()
-            self.observation.feed_step(self.bindings, None)
+            self.observation.feed_step(self.bindings)
             for binding in self.bindings:
                 binding.parameter.grad = None
 

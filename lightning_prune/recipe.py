@@ -6,6 +6,7 @@ own; `trainer`, `model` and `data` belong to `lightning-prune run` and are kept 
 
 import copy
 import inspect
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -24,7 +25,7 @@ from lightning_prune.sparsifier import Sparsifier
 from lightning_prune.targets import Targets
 from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
 
-__all__ = ["Evaluate", "Export", "Prune", "Recipe", "ReportOptions", "packaged_recipes"]
+__all__ = ["Evaluate", "Export", "Prune", "Recipe", "ReportOptions", "one_line", "packaged_recipes"]
 
 _RAW = ("trainer", "model", "data")
 
@@ -128,7 +129,7 @@ class Recipe:
             recipe = cls(name=name, **_parse(content))
             recipe.sparsifier()
         except (ValueError, TypeError, ArgumentError) as error:
-            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{where}: {one_line(error)}") from error
         return recipe
 
     def as_dict(self) -> dict[str, Any]:
@@ -169,6 +170,16 @@ def packaged_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
+def one_line(error: Exception) -> str:
+    """Return what an error of the parser says, on one line and without the types that were tried in vain."""
+    text = " ".join(str(error).split())
+    tried = re.search(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ", text)
+    if tried is None:
+        return text
+    said = re.sub(r" - Expected a <class 'NoneType'>.*$", "", text[tried.end() :])
+    return text[: tried.start()] + said
+
+
 def _locate(source: str) -> tuple[str, Path]:
     """Return (name, file) of a packaged recipe or of a path."""
     packaged = packaged_recipes()
@@ -184,7 +195,7 @@ def _read(path: Path) -> Any:
     try:
         return get_loader("yaml")(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not a YAML file: {one_line(error)}") from error
 
 
 def _own_sections() -> list[str]:

@@ -177,26 +177,25 @@ class Sparsifier:
         if hooks.was_skipped(optimizer):
             return
         own = self._held.owned_by(optimizer)
+        self._held.apply(own)
         if self._observation is not None and not self._is_finished():
-            self._observation.feed_step(own, hooks.grad_divisor(optimizer))
+            self._observation.feed_step(own)
         if optimizer is self._clock:
             self.step += 1
-            if self._update_if_due():
-                return
-        self._held.apply(own)
+            self._update_if_due()
 
     def _is_finished(self) -> bool:
         """Return whether masks cannot change any more."""
         return self._is_once or (self.step >= self._plan[1] and self.guard is None)
 
-    def _update_if_due(self) -> bool:
-        """Change the masks if the schedule says so; return whether they changed."""
+    def _update_if_due(self) -> None:
+        """Change the masks if the schedule says so."""
         if self._is_once or self._memory.is_held:
-            return False
+            return
         is_due = self.schedule.is_due(self.step, self._total_steps) or self._memory.is_late
         sparsity = self.schedule.sparsity_at(self.step, self._total_steps)
         if not is_due or sparsity == 0 or (sparsity <= self._sparsity and not self.scorer.dense_grad):
-            return False
+            return
         assert self._observation is not None
         decision = self._decision(self._held.bindings, self._observation)
         changes = list(decision.decide(decision.budgets(sparsity)))  # all or none: scores may turn out to be NaN
@@ -207,7 +206,6 @@ class Sparsifier:
         self._finish_update()
         if self._is_finished():
             self._observation.stop()
-        return True
 
     def _decision(self, bindings: Sequence[Binding], observation: Observation) -> Decision:
         return Decision(

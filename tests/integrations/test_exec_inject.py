@@ -1,24 +1,24 @@
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-pytest.importorskip("lightning")
-pytest.importorskip("transformers")
-load_file = pytest.importorskip("safetensors.torch").load_file
-
-import training_programs as programs  # noqa: E402
-from training_programs import differences, exec_command, run, zeros  # noqa: E402
-
-from lightning_prune.integrations import exec_inject, hf_trainer  # noqa: E402
-from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec  # noqa: E402
+import training_programs as programs
+from lightning_prune import cli
+from lightning_prune.integrations import exec_inject
+from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec
+from training_programs import differences, exec_command, run, zeros
 
 SITE = Path(exec_inject.__file__).parent / "exec_site"
 RUN_PROCESS = f"""
@@ -27,6 +27,14 @@ sys.path.insert(0, {str(SITE.parent)!r})
 from exec_process import run_process
 sys.exit(run_process([sys.executable, *sys.argv[1:]], os.environ))
 """
+
+
+pytestmark = pytest.mark.skipif(
+    find_spec("lightning") is None or find_spec("transformers") is None, reason="needs the extras lightning and hf"
+)
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc; other systems forward signals alike"
+)
 
 
 @pytest.fixture
@@ -41,6 +49,25 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
+def run_here(recipe: Path, *command: object, expected: int = 0) -> str:
+    """Call `run_exec` in this process, which has torch already, and return what the program printed."""
+    with tempfile.TemporaryFile("w+") as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        before = os.dup(1), os.dup(2)
+        try:
+            for descriptor in (1, 2):
+                os.dup2(printed.fileno(), descriptor)
+            code = run_exec(str(recipe), [str(part) for part in command])
+        finally:
+            for descriptor, kept in zip((1, 2), before, strict=True):
+                os.dup2(kept, descriptor)
+                os.close(kept)
+        printed.seek(0)
+        text = printed.read()
+    assert code == expected, text
+    return text
+
+
 # Lightning
 
 
@@ -50,18 +77,22 @@ def lightning_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lightning")
     program = written(folder / "train.py", programs.LIGHTNING)
     recipe = written(folder / "recipe.yaml", programs.LIGHTNING_RECIPE)
-    result = run(*exec_command(recipe, program, folder / "whole"))
-    assert result.returncode == 0, result.stderr
+    run_here(recipe, program, folder / "whole")
     return folder
 
 
 def test_lightning_script_is_pruned(lightning_folder: Path) -> None:
-    assert zeros(torch.load(lightning_folder / "whole" / "final.pt")) == {"layers.0.weight": 0.5, "layers.2.weight": 0.5}
+    assert zeros(torch.load(lightning_folder / "whole" / "final.pt")) == {
+        "layers.0.weight": 0.5,
+        "layers.2.weight": 0.5,
+    }
 
 
 def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     moved = shutil.copy(lightning_folder / "whole" / "step=8.ckpt", lightning_folder / "moved.ckpt")
-    command = exec_command(lightning_folder / "recipe.yaml", lightning_folder / "train.py", lightning_folder / "resumed")
+    command = exec_command(
+        lightning_folder / "recipe.yaml", lightning_folder / "train.py", lightning_folder / "resumed"
+    )
     result = run(*command, "--resume", moved)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[:2] == ["step", "8"]
@@ -73,13 +104,14 @@ def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
 
 def test_ranks_that_lightning_starts_are_pruned(lightning_folder: Path) -> None:
     program = lightning_folder / "train.py"
-    text = program.read_text().replace("if trainer.is_global_zero:", "if True:").replace(
-        '"/final.pt"', 'f"/final{trainer.global_rank}.pt"'
+    text = (
+        program.read_text()
+        .replace("if trainer.is_global_zero:", "if True:")
+        .replace('"/final.pt"', 'f"/final{trainer.global_rank}.pt"')
     )
     both = written(lightning_folder / "both.py", text)
     out = lightning_folder / "ranks"
-    result = run(*exec_command(lightning_folder / "recipe.yaml", both, out, "--devices", 2))
-    assert result.returncode == 0, result.stderr
+    run_here(lightning_folder / "recipe.yaml", both, out, "--devices", 2)
     first, second = (torch.load(out / f"final{rank}.pt") for rank in (0, 1))
     assert set(zeros(first).values()) == {0.5}
     assert differences(first, second) == []
@@ -87,20 +119,20 @@ def test_ranks_that_lightning_starts_are_pruned(lightning_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_pytorch_lightning_script_is_pruned(lightning_folder: Path) -> None:
-    pytest.importorskip("pytorch_lightning")
+    if find_spec("pytorch_lightning") is None:
+        pytest.skip("needs pytorch_lightning")
     text = programs.LIGHTNING.replace("lightning.pytorch.", "pytorch_lightning.").replace(
         "import lightning\n", "import pytorch_lightning as lightning\n"
     )
     program = written(lightning_folder / "older_name.py", text)
     out = lightning_folder / "older_name"
-    result = run(*exec_command(lightning_folder / "recipe.yaml", program, out))
-    assert result.returncode == 0, result.stderr
+    run_here(lightning_folder / "recipe.yaml", program, out)
     expected = torch.load(lightning_folder / "whole" / "final.pt")
     assert differences(torch.load(out / "final.pt"), expected) == []
 
 
 @pytest.mark.slow
-def test_lightning_cli_program_is_pruned(lightning_folder: Path) -> None:
+def test_lightning_cli_program_is_pruned(lightning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = programs.LIGHTNING.partition("if __name__")[0] + (
         "from lightning.pytorch.cli import LightningCLI\n"
         "class Data(lightning.LightningDataModule):\n"
@@ -111,9 +143,8 @@ def test_lightning_cli_program_is_pruned(lightning_folder: Path) -> None:
     )
     program = written(lightning_folder / "command.py", text)
     options = ("--trainer.max_steps=24", "--trainer.logger=false", "--trainer.accelerator=cpu")
-    command = exec_command(lightning_folder / "recipe.yaml", program, "fit", *options)
-    result = run(*command, cwd=lightning_folder)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(lightning_folder)
+    run_here(Path("recipe.yaml"), program, "fit", *options)
     assert set(zeros(torch.load(lightning_folder / "cli.pt")).values()) == {0.5}
 
 
@@ -126,9 +157,9 @@ def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transformers")
     written(folder / "program_of_mine.py", programs.TRANSFORMERS)
     written(folder / "recipe.yaml", programs.TRANSFORMERS_RECIPE)
-    result = run(*exec_command(Path("recipe.yaml"), "-m", "program_of_mine", folder / "whole"), cwd=folder)
-    assert result.returncode == 0, result.stderr
-    written(folder / "printed", result.stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        written(folder / "printed", run_here(Path("recipe.yaml"), "-m", "program_of_mine", folder / "whole"))
     return folder
 
 
@@ -155,44 +186,39 @@ def test_transformers_script_resumes_exactly(transformers_folder: Path) -> None:
     whole, resumed = transformers_folder / "whole", transformers_folder / "resumed"
     moved = shutil.copytree(whole / "checkpoint-8", transformers_folder / "moved" / "checkpoint-8")
     program = transformers_folder / "program_of_mine.py"
-    result = run(*exec_command(transformers_folder / "recipe.yaml", program, resumed, "--resume", moved))
-    assert result.returncode == 0, result.stderr
+    run_here(transformers_folder / "recipe.yaml", program, resumed, "--resume", moved)
     assert not (resumed / "checkpoint-8").exists()
     assert differences(final(whole), final(resumed)) == []
-    for name in ("optimizer.pt", hf_trainer.SIDE_FILE):
+    for name in ("optimizer.pt", "lightning_prune.pt"):
         one, other = (torch.load(out / "checkpoint-24" / name, weights_only=True) for out in (whole, resumed))
         assert differences(one, other) == [], name
 
 
+@pytest.mark.slow
 def test_callback_of_the_program_itself_counts(transformers_folder: Path) -> None:
     quarter = written(transformers_folder / "quarter.yaml", programs.TRANSFORMERS_RECIPE.replace("0.5", "0.25"))
-    text = programs.with_callback(programs.TRANSFORMERS, hf_trainer.__name__, quarter)
+    text = programs.with_callback(programs.TRANSFORMERS, "lightning_prune.integrations.hf_trainer", quarter)
     program = written(transformers_folder / "own.py", text)
     out = transformers_folder / "own"
-    result = run(*exec_command(transformers_folder / "recipe.yaml", program, out))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split().count("PruningCallback") == 1
+    printed = run_here(transformers_folder / "recipe.yaml", program, out)
+    assert printed.split().count("PruningCallback") == 1
     assert set(zeros(final(out)).values()) == {0.25, 0.0}
 
 
-def test_trainer_that_never_trains_is_an_error(transformers_folder: Path) -> None:
+@pytest.mark.slow
+def test_trainer_that_never_trains_is_an_error(transformers_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     program = transformers_folder / "program_of_mine.py"
-    result = run(*exec_command(transformers_folder / "recipe.yaml", program, "unused", "--no_train"))
-    assert result.returncode == EXIT_NOT_PRUNED
-    assert "nothing was pruned" in result.stderr
-    assert "did not train it" in result.stderr
+    run_here(transformers_folder / "recipe.yaml", program, "unused", "--no_train", expected=EXIT_NOT_PRUNED)
+    assert "nothing was pruned" in caplog.text
+    assert "did not train it" in caplog.text
 
 
 def test_workers_of_torchrun_are_pruned(transformers_folder: Path) -> None:
     launcher = Path(sys.executable).with_name("torchrun")
     out = transformers_folder / "inside"
-    result = run(
-        *exec_command(transformers_folder / "recipe.yaml", launcher, "--standalone", "--nproc-per-node", 2),
-        transformers_folder / "program_of_mine.py",
-        out,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split().count("PruningCallback") == 2
+    command = (launcher, "--standalone", "--nproc-per-node", 2, transformers_folder / "program_of_mine.py", out)
+    printed = run_here(transformers_folder / "recipe.yaml", *command)
+    assert printed.split().count("PruningCallback") == 2
     assert set(zeros(final(out)).values()) == {0.5, 0.0}
 
 
@@ -212,24 +238,19 @@ def test_exec_below_torchrun_is_pruned(transformers_folder: Path) -> None:
 def test_accelerate_launch_is_pruned(transformers_folder: Path) -> None:
     launcher = Path(sys.executable).with_name("accelerate")
     out = transformers_folder / "accelerate"
-    result = run(
-        *exec_command(transformers_folder / "recipe.yaml", launcher, "launch", "--cpu", "--num_processes", 1),
-        transformers_folder / "program_of_mine.py",
-        out,
-    )
-    assert result.returncode == 0, result.stderr
+    command = (launcher, "launch", "--cpu", "--num_processes", 1, transformers_folder / "program_of_mine.py", out)
+    run_here(transformers_folder / "recipe.yaml", *command)
     assert differences(final(out), final(transformers_folder / "whole")) == []
 
 
 # Around the program
 
 
-def test_bad_recipe_ends_before_the_program_starts(tmp_path: Path) -> None:
+def test_bad_recipe_ends_before_the_program_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = written(tmp_path / "train.py", f"open({str(tmp_path / 'started')!r}, 'w')")
     bad = written(tmp_path / "bad.yaml", programs.LIGHTNING_RECIPE.replace("sparsity", "sparsty"))
-    result = run(*exec_command(bad, program))
-    assert result.returncode == 2
-    assert "sparsity" in result.stderr
+    assert cli.main(["exec", "--recipe", str(bad), "--", str(program)]) == 2
+    assert "did you mean" in capsys.readouterr().err
     assert not (tmp_path / "started").exists()
 
 
@@ -242,6 +263,19 @@ def test_program_without_trainer_is_an_error_and_pays_nothing(
     assert capfd.readouterr().out == plain
     assert plain.endswith("False\n")
     assert "nothing was pruned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("events", "code", "message"),
+    [("constructed", EXIT_NOT_PRUNED, "did not train it"), ("constructed\\ntrained", 0, "")],
+)
+def test_only_training_counts(
+    recipe: str, events: str, code: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = f"import os; open(os.environ['LIGHTNING_PRUNE_EXEC_MARKER'], 'a').write('{events}')"
+    assert run_exec(recipe, ["-c", text]) == code
+    assert message in caplog.text
+    assert bool(caplog.text) == (code != 0)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +293,9 @@ def test_marker_is_removed(tmp_path: Path, recipe: str, monkeypatch: pytest.Monk
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-@pytest.mark.parametrize(("command", "message"), [([], "needs a command"), (["no-such-program", "x"], "no-such-program")])
+@pytest.mark.parametrize(
+    ("command", "message"), [([], "needs a command"), (["no-such-program", "x"], "no-such-program")]
+)
 def test_command_that_cannot_run_is_refused(recipe: str, command: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_exec(recipe, command)
@@ -268,13 +304,17 @@ def test_command_that_cannot_run_is_refused(recipe: str, command: list[str], mes
 # Signals
 
 
-def start(tmp_path: Path, text: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a program below `run_process`, without a terminal, and return the parent and the program's id."""
-    identity = tmp_path / "identity"
+def start(folder: Path, before: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a program below `run_process`, without a terminal, and return the parent and the program's id.
+
+    The program runs a text, says who it is, and sleeps.
+    """
+    identity = folder / "identity"
     program = written(
-        tmp_path / "sleep.py",
-        f"import os, time\nopen({str(identity)!r} + '.new', 'w').write(str(os.getpid()))\n"
-        f"os.rename({str(identity)!r} + '.new', {str(identity)!r})\n{text}",
+        folder / "sleep.py",
+        f"import os, pathlib, time\n{before}\n"
+        f"pathlib.Path({str(folder / 'new')!r}).write_text(str(os.getpid()))\n"
+        f"os.rename({str(folder / 'new')!r}, {str(identity)!r})\ntime.sleep(60)\n",
     )
     parent = subprocess.Popen([sys.executable, "-c", RUN_PROCESS, str(program)], start_new_session=True)
     wait_until(identity.exists)
@@ -296,20 +336,19 @@ def is_running(identity: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@linux
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_reaches_the_program(tmp_path: Path, signum: signal.Signals) -> None:
-    text = f"import signal\nsignal.signal({int(signum)}, lambda *_: exit(50))\ntime.sleep(30)"
-    parent, identity = start(tmp_path, text)
-    time.sleep(0.1)
+    before = f"import signal\nsignal.signal({int(signum)}, lambda *_: exit(50))"
+    parent, identity = start(tmp_path, before)
     parent.send_signal(signum)
     assert parent.wait(timeout=20) == 50
     assert not is_running(identity)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tie a child's life to its parent's")
+@linux
 def test_program_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    parent, identity = start(tmp_path, "time.sleep(30)")
+    parent, identity = start(tmp_path, "")
     assert is_running(identity)
     parent.kill()
     parent.wait(timeout=20)
@@ -345,7 +384,9 @@ def run_bare(folder: Path, text: str, *, recipe: str | None) -> str:
         "LIGHTNING_PRUNE_EXEC_HOME": str(folder / "home"),
     } | ({} if recipe is None else {"LIGHTNING_PRUNE_EXEC_RECIPE": recipe})
     base = getattr(sys, "_base_executable", sys.executable)
-    result = subprocess.run([base, "-c", text], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(
+        [base, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -361,8 +402,8 @@ def test_nothing_is_wrapped_without_the_recipe(fake_home: Path) -> None:
 
 def test_hidden_sitecustomize_runs(fake_home: Path) -> None:
     written(fake_home / "program" / "sitecustomize.py", "import sys; seen = list(sys.path)")
-    text = "import sys, sitecustomize; print(sitecustomize.seen == sys.path[1:], [p for p in sys.path if 'exec_site' in p])"
-    assert run_bare(fake_home, text, recipe="x") == "True []\n"
+    text = "import sys, sitecustomize; print(sitecustomize.seen == sys.path[1:], 'exec_site' in str(sys.path))"
+    assert run_bare(fake_home, text, recipe="x") == "True False\n"
 
 
 # Arguments of a Trainer

@@ -1,4 +1,4 @@
-"""Plain training programs that know nothing of pruning, recipes for them, and ways to compare what they leave behind."""
+"""Plain training programs that know nothing of pruning, recipes for them, and ways to compare what they leave."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LIGHTNING = '''
+LIGHTNING = """
 import argparse
 import lightning
 import torch
@@ -47,9 +47,9 @@ if __name__ == "__main__":
     trainer.fit(network, loader, ckpt_path=args.resume)
     if trainer.is_global_zero:
         torch.save(network.state_dict(), args.out + "/final.pt")
-'''
+"""
 
-TRANSFORMERS = '''
+TRANSFORMERS = """
 import argparse
 import os
 import torch
@@ -84,7 +84,7 @@ if __name__ == "__main__":
         last = get_last_checkpoint(args.out) if args.resume == "last" and os.path.isdir(args.out) else args.resume
         trainer.train(resume_from_checkpoint=last)
         trainer.save_model(args.out + "/final")
-'''
+"""
 
 _RECIPE = """
 prune:
@@ -100,7 +100,8 @@ TRANSFORMERS_RECIPE = _RECIPE.format(include="*_proj.weight")
 def with_callback(program: str, adapter: str, recipe: Path) -> str:
     """Return a program that passes the pruning callback itself."""
     return program.replace(
-        "    callbacks = [", f"    from {adapter} import PruningCallback\n    callbacks = [PruningCallback({str(recipe)!r}), "
+        "    callbacks = [",
+        f"    from {adapter} import PruningCallback\n    callbacks = [PruningCallback({str(recipe)!r}), ",
     )
 
 
