@@ -92,6 +92,7 @@ class CausalLM(LightningModule):
         if model is not None and size is not None:
             raise ValueError(f"size has no effect on the model loaded from {model!r}; give model or size, not both")
         self.model = (size or LlamaSize()).build() if model is None else AutoModelForCausalLM.from_pretrained(model)
+        self.model.train()  # from_pretrained gives evaluation mode
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps

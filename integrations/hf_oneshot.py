@@ -6,9 +6,7 @@ Shapes: N sequences, T tokens of each.
 import importlib
 import json
 import logging
-import random
-import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +18,10 @@ from lightning_prune import report_page
 from lightning_prune.export.dense import export_dense
 from lightning_prune.export.folder import check_free
 from lightning_prune.export.huggingface import export_huggingface
+from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.recipe import Recipe
+from lightning_prune.report import measure
+from lightning_prune.targets import Targets
 from lightning_prune.types import Report
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "export_model",
     "load_model",
     "prune_and_write",
-    "read_texts",
     "run_oneshot",
 ]
 
@@ -57,7 +57,7 @@ def run_oneshot(
         model: a model folder or a hub id.
         out: a folder that does not exist yet or is empty.
         overrides: `section.key=value` for the recipe.
-        data: calibration text, see `read_texts`.
+        data: calibration text, a file or a folder; Python's own sources if left out.
         num_sequences: calibration sequences.
         sequence_length: tokens per sequence; the longest the model reads, 2048 at most, if left out.
         batch_size: sequences that go through the model together.
@@ -67,11 +67,12 @@ def run_oneshot(
         ValueError: if an input is wrong; nothing has been written then.
     """
     recipe = Recipe.load(config, overrides=overrides)
-    _check(recipe, out)
-    texts = read_texts(data, seed=recipe.seed)
+    _check(recipe, out, data)
+    needs_text = bool(recipe.prune.scorer.needs)
+    texts = [document.text for document in read_documents(data)] if needs_text else []
     network, tokenizer = load_model(model, device=device)
     batches: list[dict[str, Tensor]] = []
-    if recipe.prune.scorer.needs:
+    if needs_text:
         length = sequence_length or min(_LONGEST, _longest(network))
         windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
         batches = calibration_batches(windows_NT, batch_size=batch_size, device=network.device)
@@ -128,22 +129,7 @@ def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, Any
     return model.to(device).eval(), tokenizer
 
 
-def read_texts(data: str | None, *, seed: int = 0) -> Iterator[str]:
-    """Return documents: of a .jsonl file the field `text`, of any other file the whole, else Python's own sources.
-
-    Args:
-        data: a file, or None.
-        seed: order of Python's source files.
-
-    Raises:
-        ValueError: if the file does not exist.
-    """
-    if data is not None and not Path(data).is_file():
-        raise ValueError(f"the calibration text {data} does not exist; name a .txt or .jsonl file")
-    return _python_sources(seed) if data is None else _documents(Path(data))
-
-
-def calibration_windows(tokenizer: Any, texts: Iterator[str], *, num_sequences: int, sequence_length: int) -> Tensor:
+def calibration_windows(tokenizer: Any, texts: Iterable[str], *, num_sequences: int, sequence_length: int) -> Tensor:
     """Tokenise documents one after the other and cut the tokens into windows.
 
     Returns:
@@ -174,7 +160,7 @@ def calibration_batches(ids_NT: Tensor, *, batch_size: int, device: torch.device
 
 
 def export_model(name: str, out: str, *, form: str) -> Path:
-    """Write a model folder in another form.
+    """Write a model folder in another form; its `sparsity.json`, if it has one, says what the targets were.
 
     Args:
         name: a model folder or a hub id, for example a checkpoint of a training run.
@@ -189,41 +175,25 @@ def export_model(name: str, out: str, *, form: str) -> Path:
     """
     check_free(out)
     model, tokenizer = load_model(name, device="cpu")
+    path = Path(name).expanduser() / "sparsity.json"
+    note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    targets = Targets(include=tuple(note.get("targets", ())))
+    report = measure(model, targets.resolve(model), step=0)
     if form == "dense":
-        return export_dense(model, out)
-    return export_huggingface(model, out, tokenizer=tokenizer)
+        return export_dense(model, out, report=report, recipe=note.get("recipe"))
+    return export_huggingface(model, out, tokenizer=tokenizer, report=report, recipe=note.get("recipe"))
 
 
 def _longest(model: PreTrainedModel) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or _LONGEST)
 
 
-def _documents(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        if path.suffix != ".jsonl":
-            yield file.read()
-            return
-        for number, line in enumerate(file, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object with a field text") from error
-            yield text
-
-
-def _python_sources(seed: int) -> Iterator[str]:
-    """Yield Python's own modules, tests and installed packages left out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
-    random.Random(seed).shuffle(paths)
-    for path in paths:
-        yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _check(recipe: Recipe, out: str) -> None:
+def _check(recipe: Recipe, out: str, data: str | None) -> None:
     """Let everything that can be wrong be said before the model is loaded."""
     check_free(out)
+    if data is not None and not recipe.prune.scorer.needs:
+        name = type(recipe.prune.scorer).__name__
+        raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
     if recipe.report.dir is not None:
         report_page.check_requirements()
     if recipe.evaluate is not None:

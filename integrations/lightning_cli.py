@@ -14,8 +14,8 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback
 
+from lightning_prune.integrations.lightning_trainer import PruningCallback
 from lightning_prune.recipe import Recipe, one_line
 
 __all__ = ["RecipeCLI", "run_recipe"]

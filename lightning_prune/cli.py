@@ -119,7 +119,7 @@ def _add_oneshot(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--model", help="a model folder or a hub id")
     parser.add_argument("--out", help="a new folder for the pruned model")
-    parser.add_argument("--data", help="calibration text, .txt or .jsonl with a field text; else Python's own sources")
+    parser.add_argument("--data", help="calibration text, a file or a folder; else Python's own sources")
     parser.add_argument("--num_sequences", type=int, default=128, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence_length", type=int, help="tokens per sequence (default: the model's, 2048 at most)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")

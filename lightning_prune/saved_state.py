@@ -181,7 +181,9 @@ def load_file(path: str) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise ValueError(
             f"cannot read {path}: it is truncated, damaged or not ours ({type(error).__name__}); "
             "use an earlier checkpoint"

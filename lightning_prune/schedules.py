@@ -29,7 +29,7 @@ def _check_sparsity(name: str, value: float) -> None:
 
 
 def _check_moment(name: str, value: int | float) -> None:
-    if value < 0 or (isinstance(value, float) and value > 1):
+    if not value >= 0 or (isinstance(value, float) and value > 1):
         raise ValueError(
             f"{name} must be an optimizer step (a whole number >= 0) or a fraction of training in [0.0, 1.0], got {value}"
         )

@@ -27,9 +27,9 @@ def sparsifier(source: Mapping[str, Any] | None = None) -> Sparsifier:
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters."""
+    """Return AdamW over the trainable parameters; Transformers and torch decay different ones, so none are."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=1e-2, **options)
+    return torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.0, **options)
 
 
 def batches(num_steps: int = NUM_STEPS) -> list[Tensor]:
@@ -56,12 +56,14 @@ def train(
         after_step(step)
 
 
-def train_pruned(source: Mapping[str, Any] | None = None) -> tuple[PreTrainedModel, Sparsifier]:
-    """Train a tiny Llama with a recipe from start to end."""
+def train_pruned(
+    source: Mapping[str, Any] | None = None, *, wrap: Callable[[PreTrainedModel], nn.Module] = lambda model: model
+) -> tuple[PreTrainedModel, Sparsifier]:
+    """Train a tiny Llama with a recipe from start to end; `wrap` gives the module that is attached."""
     model = tiny_llama()
     optimizer = adamw(model)
     conductor = sparsifier(source)
-    conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
+    conductor.attach(wrap(model), [optimizer], total_steps=NUM_STEPS)
     train(model, optimizer)
     conductor.detach()
     return model, conductor

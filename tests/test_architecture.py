@@ -34,6 +34,7 @@ FLOORS: dict[str, float] = {
     "calibration": 3,
     "decision": 3,
     "export.folder": 3,
+    "held_masks": 3,
     "hooks": 2,
     "observation": 3,
     "oneshot": 3.5,

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec
 from safetensors.torch import load_file
 
-import training_programs as programs
 from lightning_prune import cli
 from lightning_prune.integrations import exec_inject
-from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec
-from training_programs import differences, exec_command, run, zeros
+from tests.integrations import training_programs as programs
+from tests.integrations.training_programs import differences, exec_command, run, zeros
 
 SITE = Path(exec_inject.__file__).parent / "exec_site"
 RUN_PROCESS = f"""

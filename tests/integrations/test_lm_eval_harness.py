@@ -254,7 +254,6 @@ def test_other_ranks_stay_silent(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft calls it
 def test_a_lora_model_is_scored_with_its_adapter(model: nn.Module, tokenizer: Any, tasks: str) -> None:
     base = evaluate_model(model, tokenizer, tasks=["compress"], include_path=tasks)["compress"]["bits_per_byte"]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))

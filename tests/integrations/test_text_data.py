@@ -153,8 +153,10 @@ def test_a_loader_continues_where_its_state_stopped() -> None:
 
 
 def test_too_little_text_says_which_split(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"the validation text has \d+ tokens, fewer than one window of 4000"):
-        TextData(path=str(folder), vocab_size=300, window=4000, hold_out=4).setup()
+    with pytest.raises(ValueError, match=r"the validation text has \d+ tokens, fewer than one window of 900"):
+        TextData(path=str(folder), vocab_size=300, window=900, hold_out=4).setup()
+    with pytest.raises(ValueError, match=r"the training text has \d+ tokens, fewer than one window of 9000"):
+        TextData(path=str(folder), vocab_size=300, window=9000, hold_out=4).setup()
     with pytest.raises(ValueError, match=r"the training text fills \d+ windows of 16 tokens, fewer than a batch of 999"):
         TextData(path=str(folder), vocab_size=300, window=16, batch_size=999, hold_out=4).setup()
     with pytest.raises(ValueError, match="hold_out must be 2 or more, got 1"):
