@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("lightning_prune", "torch", "lightning", "transformers")

@@ -4,7 +4,7 @@ Each batch runs through the real forward of the model in a thread of its own, wh
 assumed about what lies between blocks, which arguments they take or whether they are an encoder's or a decoder's.
 Only one thread runs at a time. A block is run twice on all batches: once to be observed, once pruned.
 
-Source: the order is that of Wanda (locuslab/wanda, `lib/prune.py`, commit unpinned); the way to stop at blocks is ours.
+Source: the order is that of Wanda (arXiv 2306.11695; locuslab/wanda); the way to stop at blocks is ours.
 Cost: two forward passes without the output head; holds the input of one block for all batches.
 """
 

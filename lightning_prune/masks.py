@@ -186,8 +186,10 @@ def content_hash(mask: Tensor) -> Tensor:
     """Return an int64 number that depends on every bit and its place, computed where the mask lies."""
     bits = pack(mask)
     words = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(torch.int64)
-    odd = torch.arange(words.numel(), device=mask.device) * 0x1E3779B97F4A7C15 | 1
-    return ((words ^ (words >> 29)) * odd).sum()
+    mixed = words + torch.arange(words.numel(), device=mask.device) * 0x1E3779B97F4A7C15
+    for _ in range(2):  # shifted right without its sign, or a word and its complement would look alike
+        mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * 0x3F58476D1CE4E5B9
+    return (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)).sum()
 
 
 def digest(packed: Iterable[tuple[str, Tensor]]) -> str:

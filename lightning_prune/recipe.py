@@ -305,7 +305,12 @@ def _override(content: dict[str, Any], override: str) -> None:
         node = _open(node, name)
     if last not in node and "class_path" in node and last != "init_args":
         node = _open(node, "init_args")
-    value = get_loader("yaml")(text)
+    try:
+        value = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"the value of {override!r} is not YAML: {one_line(error)}; text with signs needs quotes"
+        ) from error
     node[last] = _switch_class(node.get(last), value)
 
 

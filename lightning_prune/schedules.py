@@ -2,9 +2,6 @@
 
 A moment is an optimizer step (a whole number) or a fraction of the training (a number with a point, 0.0 to 1.0).
 Between `start` and `end` masks change every `interval`, and always at both ends.
-
-Source: cubic: Zhu and Gupta, To prune, or not to prune, arXiv 1710.01878, eq. 1. Geometric (each event keeps the same
-    share of what is left): Jin et al., The Journey Matters, arXiv 2501.12486. Linear and cosine: plain ramps.
 """
 
 import math
@@ -31,13 +28,17 @@ def _check_sparsity(name: str, value: float) -> None:
 def _check_moment(name: str, value: int | float) -> None:
     if not value >= 0 or (isinstance(value, float) and value > 1):
         raise ValueError(
-            f"{name} must be an optimizer step (a whole number >= 0) or a fraction of training in [0.0, 1.0], got {value}"
+            f"{name} must be an optimizer step (a whole number >= 0) or a fraction of training in [0.0, 1.0], "
+            f"got {value}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Once(Schedule):
-    """Prune to the final sparsity at one moment and hold the masks from then on."""
+    """Prune to the final sparsity at one moment and hold the masks from then on.
+
+    Source: the setting of one-shot papers, for example Sun et al., arXiv 2306.11695.
+    """
 
     sparsity: float
     at: int | float = 0
@@ -136,7 +137,10 @@ class Ramp(Schedule):
 
 
 class Linear(Ramp):
-    """Add the same sparsity at every change."""
+    """Add the same sparsity at every change.
+
+    Source: a plain ramp.
+    """
 
     def curve(self, progress: float) -> float:
         """Return the sparsity at a progress in [0, 1] of the ramp."""
@@ -144,7 +148,10 @@ class Linear(Ramp):
 
 
 class Cubic(Ramp):
-    """Prune fast at first and slow down; half-way 87.5 % of the rise is done."""
+    """Prune fast at first and slow down; half-way 87.5 % of the rise is done.
+
+    Source: Zhu and Gupta, To prune, or not to prune, arXiv 1710.01878, eq. 1.
+    """
 
     def curve(self, progress: float) -> float:
         """Return the sparsity at a progress in [0, 1] of the ramp."""
@@ -152,7 +159,10 @@ class Cubic(Ramp):
 
 
 class Cosine(Ramp):
-    """Start and end gently."""
+    """Start and end gently.
+
+    Source: half a cosine wave.
+    """
 
     def curve(self, progress: float) -> float:
         """Return the sparsity at a progress in [0, 1] of the ramp."""
@@ -160,7 +170,10 @@ class Cosine(Ramp):
 
 
 class Geometric(Ramp):
-    """Keep the same share of the remaining weights at every change."""
+    """Keep the same share of the remaining weights at every change.
+
+    Source: Jin et al., The Journey Matters, arXiv 2501.12486 (density (1 - s)^progress).
+    """
 
     def curve(self, progress: float) -> float:
         """Return the sparsity at a progress in [0, 1] of the ramp."""

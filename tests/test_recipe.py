@@ -262,6 +262,7 @@ def test_a_wrong_recipe_gets_one_line_that_names_the_file(write: Write, text: st
         ("prune.granularity.m=8", "unknown key 'prune.granularity.m'; Unstructured takes no options"),
         ("prune.scorer=Wand", "unknown scorer 'Wand'; did you mean 'Wanda'?"),
         ("prune.schedule.sparsity", "an override is written section.key=value"),
+        ("prune.targets.include=[*.x]", "is not YAML"),
         ("prune.schedule.sparsity=2", "sparsity must be in [0, 1), got 2"),
     ],
 )

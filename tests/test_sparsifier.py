@@ -44,18 +44,14 @@ class MasterCopies(torch.optim.Optimizer):
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["master"] = parameter.detach().clone()
+        self.masters = [(p, p.detach().clone()) for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    master = self.state[parameter]["master"]
-                    master.sub_(0.1 * parameter.grad)
-                    parameter.copy_(master)
+        for parameter, master in self.masters:
+            if parameter.grad is not None:
+                master.sub_(0.1 * parameter.grad)
+                parameter.copy_(master)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -66,6 +62,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd_momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+    "muon": lambda p: torch.optim.Muon([weight for weight in p if weight.ndim == 2], lr=1e-2),
     "master_copies": lambda p: MasterCopies(p),
 }
 
@@ -337,6 +334,23 @@ def test_resume_equals_no_pause(scorer: str, stop: int) -> None:
     assert_same_masks(conductor, second)
     assert second.history == conductor.history
     assert second.report() == conductor.report()
+
+
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "Gradient"])
+def test_what_is_pruned_stays_pruned(scorer: str) -> None:
+    model = tiny_llama()
+    optimizer = adamw(model)
+    conductor = sparsifier(recipe(scorer=scorer))
+    conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
+    before: dict[str, Tensor] = {}
+
+    def check(step: int) -> None:
+        for name, mask in conductor.masks.items():
+            assert not (mask & ~before.get(name, mask)).any(), f"{name} grew back at step {step}"
+            before[name] = mask.clone()
+
+    train(model, optimizer, after_step=check)
+    assert conductor.num_updates == 3
 
 
 def test_a_saved_mask_takes_one_bit_a_weight() -> None:

@@ -3,8 +3,7 @@
 With scope `tensor` the masks are those of scope `global`, but no target falls below a floor.
 
 Source: global magnitude pruning as in Blalock et al., What is the State of Neural Network Pruning, arXiv 2003.03033;
-    the floor of 0.5 % kept is that of huggingface/nn_pruning's threshold binarizer (commit unpinned, module
-    `nn_pruning/modules/binarizer.py`).
+    the floor of 0.5 % kept is that of the threshold binarizer in huggingface/nn_pruning.
 Limits: compares scores of different targets, which says something for magnitude and Taylor, less for row-wise Wanda.
 """
 

@@ -1,0 +1,242 @@
+"""The command line: what it prints, what it returns, and what it says about wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lightning_prune import cli, registry
+from lightning_prune.recipe import Recipe, packaged_recipes
+from tests.model_folders import TEXT, write_model_folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_methods_lists_every_choice_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    for room in registry.rooms():
+        for entry in registry.entries(room):
+            assert f"  {entry.cls.__name__}" in printed
+            assert entry.summary in printed
+    assert "arXiv 2306.11695" in printed
+    for name in packaged_recipes():
+        assert name in printed
+
+
+def test_print_config_is_the_whole_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--print_config", "--prune.schedule.sparsity=0.75", "--prune.scorer", "Magnitude", "--seed", "4"]
+    assert cli.main(["oneshot", "--config", "oneshot/wanda_half", *arguments]) == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    overrides = ["prune.schedule.sparsity=0.75", "prune.scorer=Magnitude", "seed=4"]
+    assert Recipe.load(path) == Recipe.load("oneshot/wanda_half", overrides=overrides)
+
+
+def test_oneshot_writes_a_sparse_model_and_a_report(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "page"
+    options = ["--data", str(text_file), "--num_sequences", "4", "--sequence_length", "16", "--device", "cpu"]
+    overrides = ["--prune.schedule.sparsity=0.25", f"--report.dir={page}"]
+    arguments = ["--config", "oneshot/wanda_half", "--model", str(model_folder), "--out", str(out)]
+    assert cli.main(["oneshot", *arguments, *options, *overrides]) == 0
+    before = load_file(model_folder / "model.safetensors")
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    targets = json.loads((out / "sparsity.json").read_text())["targets"]
+    assert len(targets) == 2 * 7
+    for name in targets:
+        zeros_per_row = (after[name] == 0).sum(1)
+        assert torch.equal(zeros_per_row, torch.full_like(zeros_per_row, after[name].shape[1] // 4)), name
+        kept = after[name] != 0
+        assert torch.equal(after[name][kept], before[name][kept])
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert (page / "index.html").is_file()
+    assert (out / "tokenizer.json").is_file()
+    assert "sparsity 0.2500 of 14 targets" in capsys.readouterr().err
+
+
+def test_export_writes_the_other_form(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--model", str(model_folder), "--out", str(tmp_path / "dense")]) == 0
+    path = tmp_path / "dense" / "model.safetensors"
+    assert capsys.readouterr().out.strip() == str(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(load_file(path)[name], load_file(model_folder / "model.safetensors")[name])
+
+
+def test_eval_prints_a_table_and_writes_json(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_prune.integrations import lm_eval_harness
+
+    seen: dict[str, object] = {}
+
+    def evaluate_model(model: object, tokenizer: object, **options: object) -> dict[str, dict[str, float]]:
+        seen.update(options)
+        return {"fox": {"acc": 0.5, "perplexity": 12.25}}
+
+    monkeypatch.setattr(lm_eval_harness, "evaluate_model", evaluate_model)
+    options = ["--limit", "3", "--include_path", "tasks", "--out", str(tmp_path / "r.json")]
+    assert cli.main(["eval", "--model", str(model_folder), "--tasks", "fox,dog", "cat", *options]) == 0
+    assert (seen["tasks"], seen["limit"], seen["include_path"]) == (["fox", "dog", "cat"], 3, "tasks")
+    assert capsys.readouterr().out.splitlines() == [
+        "task  metric      value",
+        "fox   acc         0.5000",
+        "fox   perplexity  12.2500",
+    ]
+    assert json.loads((tmp_path / "r.json").read_text()) == {"fox": {"acc": 0.5, "perplexity": 12.25}}
+
+
+def test_exec_passes_the_recipe_with_its_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_prune.integrations import exec_inject
+
+    seen: list[tuple[Recipe, str, list[str]]] = []
+
+    def run_exec(recipe: str, command: list[str]) -> int:
+        seen.append((Recipe.load(recipe), Path(recipe).stem, command))
+        return 7
+
+    monkeypatch.setattr(exec_inject, "run_exec", run_exec)
+    program = ["train.py", "--seed", "5", "--", "x"]
+    assert cli.main(["exec", "--recipe", "train/taylor", "--prune.schedule.sparsity=0.3", "--", *program]) == 7
+    assert cli.main(["exec", "--recipe", "train/taylor", "--", "-m", "mine"]) == 7
+    changed = Recipe.load("train/taylor", overrides=["prune.schedule.sparsity=0.3"])
+    assert seen == [(changed, "taylor", program), (Recipe.load("train/taylor"), "taylor", ["-m", "mine"])]
+
+
+def test_quickstart_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_prune.integrations import quickstart
+
+    seen: list[object] = []
+
+    def run_quickstart(config: str, *, model: str | None, out: str, overrides: list[str]) -> int:
+        seen.append((config, model, out, overrides))
+        return 0
+
+    monkeypatch.setattr(quickstart, "run_quickstart", run_quickstart)
+    arguments = ["--model", "m", "--out", "o", "--trainer.max_steps=5", "--prune.schedule.sparsity", "0.7"]
+    assert cli.main(["quickstart", *arguments]) == 0
+    assert seen == [("train/quickstart", "m", "o", ["trainer.max_steps=5", "prune.schedule.sparsity=0.7"])]
+
+
+WRONG = [
+    ([], "the following arguments are required: COMMAND"),
+    (["oneshto"], "invalid choice: 'oneshto'"),
+    (["methods", "extra"], "unexpected argument 'extra'"),
+    (["oneshot", "--model", "m"], "the following arguments are required: --config"),
+    (["oneshot", "--config", "oneshot/wanda_half"], "oneshot needs --model and --out"),
+    (["oneshot", "--config", "oneshot/wanda_hlf", "--model", "m", "--out", "o"], "did you mean 'oneshot/wanda_half'"),
+    (
+        ["oneshot", "--config", "oneshot/wanda_half", "--prine.seed=1"],
+        "unknown option '--prine'; did you mean '--prune'",
+    ),
+    (["oneshot", "--config", "oneshot/wanda_half", "--trainer.max_steps=1"], "unknown option '--trainer'"),
+    (["oneshot", "--config", "oneshot/wanda_half", "--prune.seed"], "--prune.seed needs a value"),
+    (["oneshot", "--config", "oneshot/wanda_half", "--num_sequences", "x"], "invalid int value: 'x'"),
+    (["oneshot", "--config", "oneshot/wanda_half", "--", "x"], "only exec takes a program after --"),
+    (["exec", "--recipe", "train/taylor", "train.py"], "unexpected argument 'train.py'"),
+    (["exec", "--recipe", "train/taylor"], "exec needs a command after --"),
+    (["eval", "--model", "/no/such", "--tasks", "x"], "there is no model folder /no/such"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_usage_is_one_line_and_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_wrong_input_to_oneshot_leaves_nothing_behind(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    start = ["oneshot", "--model", str(model_folder), "--out", str(out), "--config"]
+    cases = {
+        ("oneshot/wanda_half", "--data", str(tmp_path / "none.txt")): "no text found at",
+        (
+            "oneshot/wanda_half",
+            "--data",
+            str(text_file),
+            "--num_sequences",
+            "500",
+        ): "give more text, or --num_sequences",
+        ("oneshot/wanda_half", "--data", str(text_file), "--num_sequences", "0"): "must be 1 or more",
+        (
+            "oneshot/magnitude_half",
+            "--data",
+            str(text_file),
+        ): "--data has no effect: Magnitude looks at the weights alone",
+        ("oneshot/magnitude_half", '--prune.targets.include=["*.nope.*"]'): "matches no weight",
+        ("oneshot/magnitude_half", "--prune.granularity=NM", "--prune.granularity.m=5"): "final sparsity of 0.6",
+    }
+    for arguments, message in cases.items():
+        assert cli.main([*start, *arguments]) == 2, arguments
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    out.mkdir()
+    (out / "old").write_text("x")
+    assert cli.main([*start, "oneshot/magnitude_half"]) == 2
+    assert "is not empty; nothing was overwritten" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["old"]
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_model_folder(tmp_path / "model", has_tokenizer=False)
+    start = ["oneshot", "--model", str(folder), "--out", str(tmp_path / "out"), "--config"]
+    assert cli.main([*start, "oneshot/wanda_half"]) == 2
+    assert "calibration needs a tokenizer, and the model has none" in capsys.readouterr().err
+    assert cli.main([*start, "oneshot/magnitude_half"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_traceback_on_request() -> None:
+    with pytest.raises(ValueError, match="oneshot needs --model"):
+        cli.main(["oneshot", "--config", "oneshot/wanda_half", "--traceback"])
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in [name for name in sys.modules if name.startswith("lightning_prune.integrations.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.main(["oneshot", "--config", "oneshot/wanda_half", "--model", "m", "--out", "o"]) == 2
+    assert capsys.readouterr().err == (
+        'error: lightning-prune oneshot needs transformers: pip install "lightning_prune[hf]"\n'
+    )
+
+
+def test_the_program_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_prune"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+
+    def run(argument: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, argument], capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    good = run("--help")
+    assert good.returncode == 0
+    for name in ("run", "oneshot", "exec", "eval", "export", "methods", "quickstart"):
+        assert f"    {name}" in good.stdout
+    bad = run("nope")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
