@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoConfig
 
 from lightning_prune.export.folder import check_free
 from lightning_prune.integrations.causal_lm import CausalLM, TextData
@@ -92,8 +93,13 @@ def _start_from(model: str | None) -> list[str]:
     if model is None:
         return []
     path = Path(model).expanduser()
-    source = json.dumps(str(path) if path.is_dir() else model)
-    return [f"model.init_args.model={source}", f"data.init_args.tokenizer={source}"]
+    source = str(path) if path.is_dir() else model
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the model {model!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    value = json.dumps(source)
+    return [f"model.init_args.model={value}", f"data.init_args.tokenizer={value}"]
 
 
 def _check(recipe: Recipe) -> Evaluate:
@@ -234,12 +240,7 @@ def _quiet_trainer() -> Iterator[None]:
 
 def _instantiate(recipe: Recipe) -> tuple[CausalLM, TextData]:
     """Build the recipe's model and data."""
-    try:
-        module = _parse("model", CausalLM, recipe.model)
-    except OSError as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot open the model of recipe {recipe.name}: {first}") from error
-    return module, _parse("data", TextData, recipe.data)
+    return _parse("model", CausalLM, recipe.model), _parse("data", TextData, recipe.data)
 
 
 def _parse(section: str, kind: type, content: Any, *, is_class: bool = False) -> Any:

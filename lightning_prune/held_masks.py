@@ -77,10 +77,13 @@ class HeldMasks:
 
     @torch.no_grad()
     def apply(self, bindings: Sequence[Binding]) -> None:
-        """Multiply weights by their masks."""
+        """Zero what an optimizer step has written into pruned weights.
+
+        Multiplying is several times faster than filling; adding zero turns -0.0 into +0.0, which sparse kernels need.
+        """
         for binding in bindings:
             if binding.name in self.masks:
-                distributed.local(binding.parameter).mul_(self.masks[binding.name])
+                distributed.local(binding.parameter).mul_(self.masks[binding.name]).add_(0.0)
 
     @torch.no_grad()
     def go_back(self, good: GoodMasks) -> None:

@@ -52,7 +52,8 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
   callbacks:
-  - {class_path: ModelCheckpoint, init_args: {every_n_train_steps: 4, save_top_k: -1, dirpath: saved, filename: "{step}"}}
+  - class_path: ModelCheckpoint
+    init_args: {every_n_train_steps: 4, save_top_k: -1, dirpath: saved, filename: "{step}"}
 model: {class_path: own_classes.Net, init_args: {width: 32}}
 data: {class_path: own_classes.Points}
 prune:
@@ -61,9 +62,9 @@ prune:
 """
 
 pytestmark = [
-    # lightning 2.6 calls a name of jsonargparse that has a new one since 4.49
-    pytest.mark.filterwarnings("ignore:.*instantiate_classes.*"),
-    pytest.mark.filterwarnings("ignore:.*JsonargparseDeprecationWarning.*"),
+    # lightning 2.6 calls jsonargparse by names that have new ones since 4.49
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4.49:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
 ]
 
 

@@ -9,8 +9,8 @@ import yaml
 from lightning_prune.integrations.next_line_tasks import next_line_questions, write_tasks
 from lightning_prune.integrations.text_documents import Document
 
-LINES = [f"    value_{number} = compute(value_{number - 1}, {'x' * (number % 7)})\n" for number in range(100, 220)]
-DOCUMENTS = [Document("one.py", "".join(LINES[:60])), Document("two.py", "".join(LINES[60:]))]
+LINES = [f"    value_{number} = compute(value_{number - 1}, {'x' * (number % 7)})\n" for number in range(100, 420)]
+DOCUMENTS = [Document("one.py", "".join(LINES[:160])), Document("two.py", "".join(LINES[160:]))]
 
 
 def test_the_answer_is_the_next_line_of_the_document() -> None:

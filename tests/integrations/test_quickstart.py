@@ -38,6 +38,7 @@ def _overrides(text: Path) -> list[str]:
     return [
         "trainer.max_steps=12",
         "trainer.enable_progress_bar=false",
+        "trainer.log_every_n_steps=1",
         f"data.path={text}",
         "data.vocab_size=320",
         "data.window=48",
@@ -136,7 +137,7 @@ def test_a_given_model_is_taken_as_it_is(out: Path, text: Path, tmp_path: Path) 
     ("override", "message"),
     [
         ("prune.targets.include=[nothing.*]", "nothing"),
-        ("prune.schedule.start=0.9", "start must come first"),
+        ("prune.schedule.end=500", "schedule.end is step 500, beyond the 12 steps"),
         ("evaluate.tasks=[next_line]", "name both in evaluate.tasks"),
         ("evaluate=null", "needs the sections evaluate and export"),
         ("export.dir=elsewhere", "leave export.dir, report.dir and evaluate.include_path null"),
