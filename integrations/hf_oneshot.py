@@ -114,7 +114,7 @@ def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, Any
         raise ValueError(f"there is no model folder {name}; name a folder with a config.json, or a hub id")
     source = str(folder) if folder.exists() else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source)
     except OSError as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot open the model {name!r}: {first}") from error

@@ -77,7 +77,7 @@ class RecipeCLI(LightningCLI):
             seed_everything_default=recipe.seed,
             trainer_defaults={"callbacks": [] if is_dry else [PruningCallback(recipe)]},
             save_config_callback=_SaveWholeConfig,
-            save_config_kwargs={"text": self.whole_config, "overwrite": True},
+            save_config_kwargs={"text": self.whole_config, "overwrite": True, "save_to_log_dir": False},
             parser_kwargs={"exit_on_error": False},
         )
 
@@ -101,7 +101,7 @@ class _SaveWholeConfig(SaveConfigCallback):
     """Save the recipe as it ran beside the logs, in a form that `run --config` reads."""
 
     def __init__(self, *args: Any, text: Any, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        super().__init__(*args, **kwargs)
         self._text = text
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -153,7 +153,7 @@ def _is_class(value: str) -> bool:
     return True
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def _subclasses(base: type[object]) -> Iterator[type[object]]:
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)

@@ -64,7 +64,7 @@ def forward_all(
 class _Lane(threading.Thread):
     """One batch on its way through the model."""
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, object]) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, object], device: torch.device) -> None:
         super().__init__(daemon=True)
         self.model, self.batch = model, batch
         self.go, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -73,13 +73,16 @@ class _Lane(threading.Thread):
         self.output: object = None
         self.error: BaseException | None = None
         self.is_aborted = False
+        self.autocast = torch.autocast(  # on in one thread alone, so the lane takes it over
+            device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        )
 
     def run(self) -> None:
         """Run the model's forward; called by `start`."""
         self.go.acquire()
         try:
             if not self.is_aborted:
-                with torch.no_grad():
+                with torch.no_grad(), self.autocast:
                     self.model(**self.batch)
         except _Stop:
             pass
@@ -97,6 +100,11 @@ class _Lane(threading.Thread):
             raise _Stop
         output, self.output, self.arguments = self.output, None, ((), {})
         return output
+
+    def compute(self, block: Callable[..., object]) -> object:
+        """Run a block, from the main thread, on the inputs that wait at it."""
+        args, kwargs = self.arguments
+        return block(*args, **kwargs)
 
     def advance(self) -> None:
         """Run, from the main thread, until the next block or the end."""
@@ -157,7 +165,7 @@ def walk_blocks(
     passed: set[int] = set()
     order = {id(block): index for index, block in enumerate(blocks)}
     bar = tqdm(total=len(blocks), desc="pruning blocks", disable=not (progress and distributed.is_first_rank()))
-    lanes = [_Lane(model, to_device(batch, device)) for batch in batches]
+    lanes = [_Lane(model, to_device(batch, device), device) for batch in batches]
     with _stopping(blocks, passed) as originals, torch.no_grad(), bar:
         for lane in lanes:
             lane.start()
@@ -171,8 +179,7 @@ def walk_blocks(
 
                 def run(here: list[_Lane] = here, block: nn.Module = block) -> None:
                     for lane in here:
-                        args, kwargs = lane.arguments
-                        block(*args, **kwargs)  # called, so that hooks on the block itself observe
+                        lane.compute(block)  # called whole, so that hooks on the block itself observe
 
                 visit(block, run)
                 passed.add(id(block))
@@ -180,8 +187,7 @@ def walk_blocks(
                 if stop_after_blocks and len(passed) == len(blocks):
                     break
                 for lane in here:
-                    args, kwargs = lane.arguments
-                    lane.output = forward(*args, **kwargs)
+                    lane.output = lane.compute(forward)
                     lane.advance()
         finally:
             for lane in lanes:

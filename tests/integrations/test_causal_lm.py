@@ -20,7 +20,7 @@ SIZE = LlamaSize(
 @pytest.fixture
 def data(tmp_path: Path) -> TextData:
     for number in range(8):
-        names = "width height depth colour number letter weight speed".split()
+        names = ["width", "height", "depth", "colour", "number", "letter", "weight", "speed"]
         text = "".join(f"def {name}_{number}({name}):\n    return {name} * {number}\n\n" for name in names) * 3
         (tmp_path / f"module_{number}.py").write_text(text)
     return TextData(path=str(tmp_path), vocab_size=300, window=16, batch_size=4, hold_out=4)

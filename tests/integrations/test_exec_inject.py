@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec
 from safetensors.torch import load_file
 
 from lightning_prune import cli
 from lightning_prune.integrations import exec_inject
+from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec
 from tests.integrations import training_programs as programs
 from tests.integrations.training_programs import differences, exec_command, run, zeros
 

@@ -49,6 +49,7 @@ trainer:
   accelerator: cpu
   devices: 1
   logger: {class_path: CSVLogger, init_args: {save_dir: logs}}
+  log_every_n_steps: 1
   enable_progress_bar: false
   enable_model_summary: false
   callbacks:
@@ -140,7 +141,7 @@ def test_print_config_does_nothing_and_can_be_run(workplace: Path, capsys: pytes
 
 def test_a_model_folder_fills_the_language_model(workplace: Path) -> None:
     folder = write_model_folder(workplace / "model")
-    (workplace / "text.txt").write_text(TEXT * 20)
+    (workplace / "text.txt").write_text((TEXT + "\n") * 20)
     data = {"path": "text.txt", "tokenizer": str(folder), "window": 16, "batch_size": 4, "hold_out": 2}
     recipe = yaml.safe_load(RECIPE) | {
         "data": {"class_path": "lightning_prune.integrations.text_data.TextData", "init_args": data},

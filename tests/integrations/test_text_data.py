@@ -157,7 +157,9 @@ def test_too_little_text_says_which_split(folder: Path) -> None:
         TextData(path=str(folder), vocab_size=300, window=900, hold_out=4).setup()
     with pytest.raises(ValueError, match=r"the training text has \d+ tokens, fewer than one window of 9000"):
         TextData(path=str(folder), vocab_size=300, window=9000, hold_out=4).setup()
-    with pytest.raises(ValueError, match=r"the training text fills \d+ windows of 16 tokens, fewer than a batch of 999"):
+    with pytest.raises(
+        ValueError, match=r"the training text fills \d+ windows of 16 tokens, fewer than a batch of 999"
+    ):
         TextData(path=str(folder), vocab_size=300, window=16, batch_size=999, hold_out=4).setup()
     with pytest.raises(ValueError, match="hold_out must be 2 or more, got 1"):
         TextData(hold_out=1)

@@ -1,0 +1,265 @@
+"""Remove one mechanism at a time and check that a test notices.
+
+Run:  python .ci/mutations.py [WORD ...]    (only the mutations whose promise contains a word)
+Each line names the promise, the file, the code that keeps it, what it is replaced by, and the tests that must then fail.
+The files are put back afterwards, also after an interruption.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mechanism and the tests that hold it in place."""
+
+    promise: str
+    file: str
+    code: str
+    replacement: str
+    tests: str
+
+
+SPARSIFIER, HF = "tests/test_sparsifier.py", "tests/integrations/test_hf_trainer.py"
+LIGHTNING = "tests/integrations/test_lightning_trainer.py"
+CORE, ADAPTERS = "lightning_prune", "integrations"
+MUTATIONS = (
+    Mutation(
+        "gradients of pruned weights are zeroed before clipping",
+        f"{CORE}/hooks.py",
+        "distributed.local(param.grad).mul_(mask)",
+        "pass",
+        f"{SPARSIFIER} -k gradients_of_pruned",
+    ),
+    Mutation(
+        "zeros survive optimizers that write them",
+        f"{CORE}/held_masks.py",
+        ".mul_(self.masks[binding.name]).add_(0.0)",
+        "",
+        f"{SPARSIFIER} -k survive",
+    ),
+    Mutation(
+        "zeros are positive",
+        f"{CORE}/held_masks.py",
+        ".add_(0.0)",
+        "",
+        f"{SPARSIFIER} -k survive",
+    ),
+    Mutation(
+        "optimizers forget what is pruned",
+        f"{CORE}/hooks.py",
+        "part.masked_fill_(changed, 0)",
+        "pass",
+        f"{SPARSIFIER} -k forgets",
+    ),
+    Mutation(
+        "pruned weights stay pruned",
+        f"{CORE}/decision.py",
+        "if name in self.held and not self.scorer.dense_grad:",
+        "if False:",
+        f"{SPARSIFIER} -k stays_pruned",
+    ),
+    Mutation(
+        "a step the scaler skips does not count",
+        f"{CORE}/hooks.py",
+        "return found is not None and bool(found.item())",
+        "return False",
+        f"{SPARSIFIER} -k scaler_skips",
+    ),
+    Mutation(
+        "the clock counts optimizer steps, not batches",
+        f"{ADAPTERS}/lightning_trainer.py",
+        "self.run.after_step()\n",
+        "self.run.sparsifier.step += 1\n        self.run.after_step()\n",
+        f"{LIGHTNING} -k accumulation",
+    ),
+    Mutation(
+        "resume restores masks",
+        f"{CORE}/sparsifier.py",
+        'self._held.masks.update(saved_state.unpack_masks(state["masks"], bindings))',
+        "pass",
+        f"{SPARSIFIER} -k resume_equals",
+    ),
+    Mutation(
+        "resume restores statistics",
+        f"{CORE}/sparsifier.py",
+        'saved_state.restore_statistics(state["statistics"], observation.statistics, bindings)',
+        "pass",
+        f"{SPARSIFIER} -k resume_equals",
+    ),
+    Mutation(
+        "resume restores the clock",
+        f"{CORE}/sparsifier.py",
+        'self.step, self.num_updates = int(state["step"]), int(state["num_updates"])',
+        'self.num_updates = int(state["num_updates"])',
+        f"{SPARSIFIER} -k resume_equals",
+    ),
+    Mutation(
+        "resume restores the guard",
+        f"{CORE}/sparsifier.py",
+        'self._memory = saved_state.unpack_guard(state["guard"], bindings)',
+        "pass",
+        f"{SPARSIFIER} -k guarded_run_resumes",
+    ),
+    Mutation(
+        "a resume finds a moved checkpoint folder",
+        f"{ADAPTERS}/hf_trainer.py",
+        "folder = Path(resumed_from or _checkpoint_folder(args, state))",
+        "folder = _checkpoint_folder(args, state)",
+        f"{HF} -k moved",
+    ),
+    Mutation(
+        "half-written checkpoints are set aside",
+        f"{ADAPTERS}/hf_trainer.py",
+        "_set_aside_half_written(Path(args.output_dir))",
+        "pass",
+        f"{HF} -k half_written",
+    ),
+    Mutation(
+        "a side file is never unpickled",
+        f"{CORE}/saved_state.py",
+        "weights_only=True",
+        "weights_only=False",
+        f"{HF} -k foreign",
+    ),
+    Mutation(
+        "tampered masks are refused",
+        f"{CORE}/sparsifier.py",
+        "saved_state.check_digest(state)",
+        "pass",
+        f"{SPARSIFIER} -k another_run",
+    ),
+    Mutation(
+        "a resume with another recipe is refused",
+        f"{CORE}/sparsifier.py",
+        'saved_state.check_same("recipe", state["settings"], self.settings())',
+        "pass",
+        f"{SPARSIFIER} -k another_run",
+    ),
+    Mutation(
+        "a promised sparsity that is not reached is said aloud",
+        f"{CORE}/sparsifier.py",
+        "if self._sparsity < self.schedule.sparsity - 1e-9:",
+        "if False:",
+        f"{SPARSIFIER} -k said_aloud",
+    ),
+    Mutation(
+        "weights replaced by a best checkpoint are noticed",
+        f"{CORE}/sparsifier.py",
+        "< self._held.num_pruned():",
+        "< 0:",
+        f"{HF} -k best_checkpoint",
+    ),
+    Mutation(
+        "the guard holds",
+        f"{CORE}/sparsifier.py",
+        "if self._is_once or self._memory.is_held:",
+        "if self._is_once:",
+        f"{SPARSIFIER} -k guard",
+    ),
+    Mutation(
+        "the guard goes back",
+        f"{CORE}/sparsifier.py",
+        "self._held.go_back(good)",
+        "pass",
+        f"{SPARSIFIER} -k guard",
+    ),
+    Mutation(
+        "a pattern without a match is an error",
+        f"{CORE}/targets.py",
+        "if not any(fnmatchcase(name, pattern) for name in names):",
+        "if False:",
+        "tests/test_targets.py",
+    ),
+    Mutation(
+        "embeddings and heads are left alone",
+        f"{CORE}/targets.py",
+        "and (id(module) in blocks or not inside)",
+        "",
+        f"{SPARSIFIER} -k left_alone",
+    ),
+    Mutation(
+        "copies of a model do not feed its statistics",
+        f"{CORE}/hooks.py",
+        "is_copy = module is not binding.module",
+        "is_copy = False",
+        "tests/test_hooks.py",
+    ),
+    Mutation(
+        "recomputed activations are not counted twice",
+        f"{CORE}/hooks.py",
+        "in_backward = torch._C._current_graph_task_id() != -1",
+        "in_backward = False",
+        "tests/test_hooks.py",
+    ),
+    Mutation(
+        "padding is left out of statistics",
+        f"{CORE}/hooks.py",
+        "[attention_mask.reshape(-1).bool()]",
+        "",
+        "tests/test_hooks.py",
+    ),
+    Mutation(
+        "ranks check that they hold the same masks",
+        f"{CORE}/held_masks.py",
+        "distributed.check_same_everywhere(hashes, names)",
+        "pass",
+        "tests/test_distributed.py",
+    ),
+    Mutation(
+        "FSDP1 is refused",
+        f"{CORE}/distributed.py",
+        "if isinstance(module, FullyShardedDataParallel):",
+        "if False:",
+        "tests/test_distributed.py",
+    ),
+    Mutation(
+        "shards agree on one cut",
+        f"{CORE}/decision.py",
+        "return values if self._is_whole(binding) else distributed.all_reduce_sum(values, binding.parameter)",
+        "return values",
+        "tests/test_distributed.py",
+    ),
+    Mutation(
+        "exec fails when nothing was pruned",
+        f"{ADAPTERS}/exec_inject.py",
+        "return EXIT_NOT_PRUNED",
+        "return 0",
+        "tests/integrations/test_exec_inject.py",
+    ),
+)
+
+
+def survives(mutation: Mutation) -> bool:
+    """Return whether the tests pass although the mechanism is gone."""
+    path = ROOT / mutation.file
+    original = path.read_text(encoding="utf-8")
+    if mutation.code not in original:
+        raise SystemExit(f"{mutation.file} no longer contains {mutation.code!r}; bring the list up to date")
+    try:
+        path.write_text(original.replace(mutation.code, mutation.replacement), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    finally:
+        path.write_text(original, encoding="utf-8")
+
+
+def main() -> int:
+    """Try every mutation and return how many survived."""
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in m.promise for word in words)]
+    num_survived = 0
+    for mutation in chosen:
+        survived = survives(mutation)
+        num_survived += survived
+        print(f"{'SURVIVED' if survived else 'noticed':9} {mutation.promise}", flush=True)
+    print(f"{len(chosen) - num_survived} noticed, {num_survived} survived")
+    return num_survived
+
+
+if __name__ == "__main__":
+    sys.exit(main())

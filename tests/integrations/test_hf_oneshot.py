@@ -1,0 +1,117 @@
+"""Calibration text becomes windows, and one-shot runs evaluate, prune, export and report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prune.integrations import hf_oneshot
+from lightning_prune.integrations.hf_oneshot import calibration_batches, calibration_windows, export_model, run_oneshot
+from tests.model_folders import TEXT, character_tokenizer, write_model_folder
+
+
+def test_windows_are_the_tokens_of_one_document_after_the_other() -> None:
+    tokenizer = character_tokenizer()
+    windows_NT = calibration_windows(tokenizer, ["abcd", "efghij", "never read"], num_sequences=3, sequence_length=3)
+    letters = torch.arange(9).reshape(3, 3) + tokenizer.convert_tokens_to_ids("a")
+    assert torch.equal(windows_NT, letters)
+
+
+def test_too_little_text_says_what_would_do() -> None:
+    with pytest.raises(ValueError, match=r"gives 7 tokens, 3 sequences of 3 need 9; .*--num_sequences 2"):
+        calibration_windows(character_tokenizer(), ["abcdefg"], num_sequences=3, sequence_length=3)
+
+
+def test_batches_hold_labels_and_the_rest() -> None:
+    ids_NT = torch.arange(10).reshape(5, 2)
+    batches = calibration_batches(ids_NT, batch_size=2, device=torch.device("cpu"))
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch["labels"] for batch in batches]), ids_NT)
+
+
+def test_pythons_own_sources_are_the_text_when_none_is_given(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    report = run_oneshot(
+        "oneshot/wanda_half", model=str(folder), out=str(tmp_path / "out"), num_sequences=2, device="cpu"
+    )
+    assert report.sparsity == 0.5
+
+
+def test_evaluations_frame_the_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    zeros: list[int] = []
+
+    class Harness:
+        @staticmethod
+        def check_tasks(tasks: list[str], include_path: str | None) -> None:
+            assert (tasks, include_path) == (["fox"], None)
+
+        @staticmethod
+        def evaluate_model(model: torch.nn.Module, tokenizer: object, **options: object) -> dict[str, dict[str, float]]:
+            zeros.append(sum(int((weight == 0).sum()) for name, weight in model.named_parameters() if "proj" in name))
+            return {"fox": {"acc": 1.0 / len(zeros)}}
+
+    monkeypatch.setattr(hf_oneshot, "_harness", lambda: Harness)
+    report = run_oneshot(
+        "oneshot/magnitude_half",
+        model=str(folder),
+        out=str(tmp_path / "out"),
+        overrides=["evaluate.tasks=[fox]", f"report.dir={tmp_path / 'page'}"],
+        device="cpu",
+    )
+    total = sum(target.num_weights for target in report.targets)
+    assert zeros == [0, total // 2]
+    written = json.loads((tmp_path / "page" / "report.json").read_text())
+    assert [(entry["label"], entry["results"]) for entry in written["evaluations"]] == [
+        ("before", {"fox": {"acc": 1.0}}),
+        ("after", {"fox": {"acc": 0.5}}),
+    ]
+
+
+def test_the_recipes_form_is_kept(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    out = tmp_path / "out"
+    overrides = ["export.format=dense"]
+    run_oneshot("oneshot/magnitude_half", model=str(folder), out=str(out), overrides=overrides, device="cpu")
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "sparsity.json"]
+
+
+def test_another_form_carries_the_note_along(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    sparse = tmp_path / "sparse"
+    overrides = ['prune.targets.include=["*.mlp.*.weight"]']
+    run_oneshot("oneshot/magnitude_half", model=str(folder), out=str(sparse), overrides=overrides, device="cpu")
+    export_model(str(sparse), str(tmp_path / "dense"), form="dense")
+    note = json.loads((sparse / "sparsity.json").read_text())
+    assert json.loads((tmp_path / "dense" / "sparsity.json").read_text()) == note
+    assert set(note["targets"].values()) == {0.5}
+    assert len(note["targets"]) == 2 * 3
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/model"])
+def test_missing_folders_are_not_taken_for_hub_ids(name: str) -> None:
+    with pytest.raises(ValueError, match="there is no model folder"):
+        hf_oneshot.load_model(name)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        hf_oneshot.load_model(str(tmp_path))
+
+
+def test_text_is_read_from_the_file_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in (TEXT, TEXT)))
+    seen: list[torch.Tensor] = []
+
+    def remember(ids_NT: torch.Tensor, **options: object) -> list[dict[str, torch.Tensor]]:
+        seen.append(ids_NT)
+        return [{"input_ids": ids_NT}]
+
+    monkeypatch.setattr(hf_oneshot, "calibration_batches", remember)
+    options = {"num_sequences": 2, "sequence_length": 9, "device": "cpu"}
+    data = str(tmp_path / "lines.jsonl")
+    run_oneshot("oneshot/wanda_half", model=str(folder), out=str(tmp_path / "out"), data=data, **options)  # type: ignore[arg-type]
+    tokenizer = character_tokenizer()
+    assert [tokenizer.decode(ids).replace(" ", "") for ids in seen[0]] == ["thequick", "brownfo"]
