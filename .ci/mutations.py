@@ -1,7 +1,7 @@
 """Remove one mechanism at a time and check that a test notices.
 
 Run:  python .ci/mutations.py [WORD ...]    (only the mutations whose promise contains a word)
-Each line names the promise, the file, the code that keeps it, what it is replaced by, and the tests that must then fail.
+Each entry names the promise, the file, the code that keeps it, its replacement, and the tests that must then fail.
 The files are put back afterwards, also after an interruption.
 """
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_prune.integrations.pruning_run import PruningRun
 
 from lightning_prune import distributed
+from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.recipe import Recipe
 from lightning_prune.saved_state import load_file
 
@@ -115,7 +115,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def _read_side_file(folder: Path, global_step: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _read_side_file(folder: Path, global_step: int) -> dict[str, Any]:
     return run
 
 
-def _calling_trainer() -> tuple[Trainer, str | None]:
+def _calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
     """Return the Trainer whose event this is, and the folder it resumes from.
 
     Transformers tells a callback neither; both stand in the frames of the training loop that is calling.

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.integrations.pruning_run import PruningRun, language_model
 from torch import nn
 
+from lightning_prune.integrations.pruning_run import PruningRun, language_model
 from lightning_prune.recipe import Recipe
 
 try:
@@ -43,10 +43,12 @@ class PruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what changed, and now and then the loss."""
-        if trainer.global_step % trainer.log_every_n_steps == 0 and isinstance(outputs, dict):
+        is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if is_logged and isinstance(outputs, dict):
             self.run.observe({"loss": outputs["loss"]})
         self.run.after_step()
-        self.log("prune/sparsity", self.run.sparsifier.report().sparsity, prog_bar=True, logger=False)
+        sparsity = self.run.sparsifier.report().sparsity
+        self.log("prune/sparsity", sparsity, prog_bar=True, logger=False)  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pass logged training metrics on."""

@@ -103,9 +103,9 @@ class PruningRun:
         self._log_report()
         options = self.recipe.evaluate
         step = self.sparsifier.step
-        if options is not None and options.every is not None and step % options.every == 0:
-            if step > 0 and step != self._last_evaluated:
-                self._evaluate(f"step {step}", self.sparsifier.report())
+        every = None if options is None else options.every
+        if every is not None and 0 < step != self._last_evaluated and step % every == 0:
+            self._evaluate(f"step {step}", self.sparsifier.report())
 
     def observe(self, metrics: Mapping[str, object]) -> None:
         """Take in what the trainer has logged, for the guard and the report; collective."""
@@ -122,7 +122,8 @@ class PruningRun:
 
     def _evaluate(self, label: str, report: Report) -> None:
         options, model = self.recipe.evaluate, self._model
-        assert options is not None and model is not None
+        assert options is not None
+        assert model is not None
         distributed.log(logger, logging.INFO, "evaluating (%s): %s", label, ", ".join(options.tasks))
         results = self._harness().evaluate_model(
             language_model(model),
@@ -177,7 +178,7 @@ class PruningRun:
         state = distributed.whole_state_dict(exported)
         if not distributed.is_first_rank():
             return
-        common = {"state_dict": state, "report": self.sparsifier.report(), "recipe": self.recipe.as_dict()}
+        common: Any = {"state_dict": state, "report": self.sparsifier.report(), "recipe": self.recipe.as_dict()}
         if options.format == "huggingface":
             export_huggingface(exported, options.dir, tokenizer=self._tokenizer, **common)
         else:

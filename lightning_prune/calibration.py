@@ -8,6 +8,7 @@ Source: the order is that of Wanda (arXiv 2306.11695; locuslab/wanda); the way t
 Cost: two forward passes without the output head; holds the input of one block for all batches.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class _Lane(threading.Thread):
                     self.model(**self.batch)
         except _Stop:
             pass
-        except BaseException as error:  # handed over to the main thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - handed over to the main thread, which raises it
             self.error = error
         self.block, self.arguments, self.output = None, ((), {}), None
         self.stopped.release()
@@ -163,31 +164,20 @@ def walk_blocks(
         progress: whether to show a bar.
     """
     passed: set[int] = set()
-    order = {id(block): index for index, block in enumerate(blocks)}
-    bar = tqdm(total=len(blocks), desc="pruning blocks", disable=not (progress and distributed.is_first_rank()))
     lanes = [_Lane(model, to_device(batch, device), device) for batch in batches]
+    bar = tqdm(total=len(blocks), desc="pruning blocks", disable=not (progress and distributed.is_first_rank()))
     with _stopping(blocks, passed) as originals, torch.no_grad(), bar:
         for lane in lanes:
             lane.start()
         try:
-            for lane in lanes:
-                lane.advance()
-            while waiting := [lane for lane in lanes if lane.block is not None]:
-                block = min((lane.block for lane in waiting if lane.block is not None), key=lambda b: order[id(b)])
-                here = [lane for lane in waiting if lane.block is block]
-                forward = originals[id(block)]
-
-                def run(here: list[_Lane] = here, block: nn.Module = block) -> None:
-                    for lane in here:
-                        lane.compute(block)  # called whole, so that hooks on the block itself observe
-
-                visit(block, run)
+            for block, here in _arrivals(lanes, blocks):
+                visit(block, functools.partial(_compute_all, here, block))
                 passed.add(id(block))
                 bar.update()
                 if stop_after_blocks and len(passed) == len(blocks):
                     break
                 for lane in here:
-                    lane.output = lane.compute(forward)
+                    lane.output = lane.compute(originals[id(block)])
                     lane.advance()
         finally:
             for lane in lanes:
@@ -195,3 +185,19 @@ def walk_blocks(
                 lane.go.release()
             for lane in lanes:
                 lane.join()
+
+
+def _arrivals(lanes: Sequence[_Lane], blocks: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, list[_Lane]]]:
+    """Yield the earliest block that lanes wait at, and these lanes, until all lanes have ended."""
+    order = {id(block): index for index, block in enumerate(blocks)}
+    for lane in lanes:
+        lane.advance()
+    while waiting := [lane.block for lane in lanes if lane.block is not None]:
+        first = min(waiting, key=lambda block: order[id(block)])
+        yield first, [lane for lane in lanes if lane.block is first]
+
+
+def _compute_all(lanes: Sequence[_Lane], block: nn.Module) -> None:
+    """Run a block on all inputs that wait at it, called whole, so that hooks on the block itself observe."""
+    for lane in lanes:
+        lane.compute(block)

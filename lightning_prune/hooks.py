@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, I input features.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed
 from lightning_prune.targets import Binding
-from lightning_prune.types import Statistic
+
+if TYPE_CHECKING:
+    from lightning_prune.statistic import Statistic
 
 __all__ = ["clear_state", "mask_gradient", "observe_inputs", "unwrap_optimizer", "was_skipped"]
 
@@ -79,7 +82,7 @@ def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, changed: Te
 
 def observe_inputs(
     model: nn.Module,
-    feeds: Sequence[tuple[Binding, Statistic]],
+    feeds: Sequence[tuple[Binding, "Statistic"]],
     *,
     only_training: bool,
 ) -> list[RemovableHandle]:
@@ -99,7 +102,7 @@ def observe_inputs(
     seen: dict[str, Tensor | None] = {"attention_mask": None}
     handles = [_watch_attention_mask(module, seen) for module in _called_with_attention_mask(model)]
 
-    def add(binding: Binding, statistic: Statistic) -> RemovableHandle:
+    def add(binding: Binding, statistic: "Statistic") -> RemovableHandle:
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple[object, ...]) -> None:
             in_backward = torch._C._current_graph_task_id() != -1

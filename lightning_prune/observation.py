@@ -1,7 +1,7 @@
 """The statistics of one recipe over all targets: made, fed, read, reset."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed, hooks, registry
 from lightning_prune.targets import Binding, is_linear
-from lightning_prune.types import Scorer, Statistic
+from lightning_prune.types import Scorer
+
+if TYPE_CHECKING:
+    from lightning_prune.statistic import Statistic
 
 __all__ = ["Observation"]
 

@@ -13,8 +13,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from lightning_prune.types import Allocation, Granularity, Schedule, Scorer, Statistic
+from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
+
+if TYPE_CHECKING:
+    from lightning_prune.statistic import Statistic
 
 __all__ = ["Entry", "contract", "entries", "get", "nearest", "rooms", "statistic", "unknown"]
 
@@ -44,10 +48,18 @@ def contract(room: str) -> type:
     Raises:
         ValueError: if there is no such room.
     """
-    known = rooms() | {"statistics": Statistic}
+    if room == "statistics":
+        return _statistics_contract()
+    known = rooms()
     if room not in known:
         raise ValueError(unknown("room", room, known))
     return known[room]
+
+
+def _statistics_contract() -> type:
+    from lightning_prune.statistic import Statistic  # torchmetrics takes seconds to import
+
+    return Statistic
 
 
 def entries(room: str) -> tuple[Entry, ...]:
@@ -79,7 +91,7 @@ def get(room: str, name: str) -> type:
 
 
 @functools.cache
-def statistic(name: str) -> type[Statistic]:
+def statistic(name: str) -> "type[Statistic]":
     """Return the class of a statistic by the name that a scorer's `needs` uses.
 
     Raises:

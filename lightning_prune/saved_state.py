@@ -3,7 +3,7 @@
 import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from lightning_prune import distributed, masks
 from lightning_prune.guard import GoodMasks, GuardMemory
 from lightning_prune.targets import Binding
-from lightning_prune.types import Statistic
+
+if TYPE_CHECKING:
+    from lightning_prune.statistic import Statistic
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-Statistics = Mapping[str, Mapping[str, Statistic]]
+Statistics = Mapping[str, Mapping[str, "Statistic"]]
 
 
 def describe(part: object) -> Any:

@@ -63,8 +63,7 @@ class Sparsifier:
         check_combination(scorer, allocation, granularity)
         self.schedule, self.targets, self.granularity = schedule, targets, granularity
         self.scorer, self.allocation, self.guard, self.seed = scorer, allocation, guard, seed
-        self.step = 0
-        self.num_updates = 0
+        self.step = self.num_updates = 0
         self.history: list[dict[str, float]] = []
         self.notes: list[str] = []
         self._held = HeldMasks()
@@ -170,8 +169,7 @@ class Sparsifier:
             self._held.masks.clear()
         self._sparsity = self._sparsity if self.masks else 0.0
         self.step, self._memory = 0, GuardMemory()
-        self.history.clear()
-        self.notes.clear()
+        self.history, self.notes = [], []
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         if hooks.was_skipped(optimizer):
@@ -383,8 +381,7 @@ class Sparsifier:
             saved_state.check_plan(state["plan"], self._plan)
         self.step, self.num_updates = int(state["step"]), int(state["num_updates"])
         self._sparsity = float(state["sparsity"])
-        self.history = [dict(entry) for entry in state["history"]]
-        self.notes = list(state["notes"])
+        self.history, self.notes = [dict(entry) for entry in state["history"]], list(state["notes"])
         bindings = self._held.bindings
         self._held.masks.clear()
         self._held.masks.update(saved_state.unpack_masks(state["masks"], bindings))

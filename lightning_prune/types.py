@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
-from torchmetrics import Metric
 
 __all__ = [
     "Allocation",
@@ -20,7 +19,6 @@ __all__ = [
     "Schedule",
     "Scope",
     "Scorer",
-    "Statistic",
     "Stats",
     "Target",
     "TargetReport",
@@ -106,19 +104,6 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, target: Target, stats: Stats) -> Tensor:
         """Return score_OI, float32; higher means keep."""
-
-
-class Statistic(Metric):
-    """A running quantity of one target.
-
-    `source` says what feeds it: `input` gets the inputs of the target's layer (input_TI, one call per forward pass),
-    `step` gets weight and gradient (shaped like the parameter, this process's rows) after every optimizer step.
-    Input statistics are summed over the ranks when read; step statistics are the same on all ranks, or hold this
-    process's rows.
-    """
-
-    source: ClassVar[Literal["input", "step"]]
-    full_state_update = False
 
 
 class Allocation(ABC):

@@ -16,6 +16,7 @@ ADAPTERS = ROOT / "integrations"
 # The floors of a room or file; a number between two floors is a file that belongs to the one above and serves it.
 FLOORS: dict[str, float] = {
     "types": 0,
+    "statistic": 0,
     "distributed": 0,
     "granularity": 1,
     "schedules": 1,

@@ -1,10 +1,7 @@
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,20 +17,8 @@ from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callba
 from tests.integrations import training_programs as programs
 from tests.integrations.training_programs import differences, exec_command, run, zeros
 
-SITE = Path(exec_inject.__file__).parent / "exec_site"
-RUN_PROCESS = f"""
-import os, sys
-sys.path.insert(0, {str(SITE.parent)!r})
-from exec_process import run_process
-sys.exit(run_process([sys.executable, *sys.argv[1:]], os.environ))
-"""
-
-
 pytestmark = pytest.mark.skipif(
     find_spec("lightning") is None or find_spec("transformers") is None, reason="needs the extras lightning and hf"
-)
-linux = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="reads /proc; other systems forward signals alike"
 )
 
 
@@ -90,12 +75,10 @@ def test_lightning_script_is_pruned(lightning_folder: Path) -> None:
 
 def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     moved = shutil.copy(lightning_folder / "whole" / "step=8.ckpt", lightning_folder / "moved.ckpt")
-    command = exec_command(
-        lightning_folder / "recipe.yaml", lightning_folder / "train.py", lightning_folder / "resumed"
-    )
-    result = run(*command, "--resume", moved)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[:2] == ["step", "8"]
+    command = (lightning_folder / "train.py", lightning_folder / "resumed", "--resume", moved)
+    printed = run_here(lightning_folder / "recipe.yaml", *command)
+    assert "step 7\n" not in printed
+    assert "step 8\n" in printed
     whole, resumed = (torch.load(lightning_folder / name / "last.ckpt") for name in ("whole", "resumed"))
     assert differences(whole["state_dict"], resumed["state_dict"]) == []
     assert differences(whole["optimizer_states"], resumed["optimizer_states"]) == []
@@ -299,111 +282,6 @@ def test_marker_is_removed(tmp_path: Path, recipe: str, monkeypatch: pytest.Monk
 def test_command_that_cannot_run_is_refused(recipe: str, command: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_exec(recipe, command)
-
-
-# Signals
-
-
-def start(folder: Path, before: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a program below `run_process`, without a terminal, and return the parent and the program's id.
-
-    The program runs a text, says who it is, and sleeps.
-    """
-    identity = folder / "identity"
-    program = written(
-        folder / "sleep.py",
-        f"import os, pathlib, time\n{before}\n"
-        f"pathlib.Path({str(folder / 'new')!r}).write_text(str(os.getpid()))\n"
-        f"os.rename({str(folder / 'new')!r}, {str(identity)!r})\ntime.sleep(60)\n",
-    )
-    parent = subprocess.Popen([sys.executable, "-c", RUN_PROCESS, str(program)], start_new_session=True)
-    wait_until(identity.exists)
-    return parent, int(identity.read_text())
-
-
-def wait_until(condition: Any) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def is_running(identity: int) -> bool:
-    try:
-        status = Path(f"/proc/{identity}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
-
-
-@linux
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signal_reaches_the_program(tmp_path: Path, signum: signal.Signals) -> None:
-    before = f"import signal\nsignal.signal({int(signum)}, lambda *_: exit(50))"
-    parent, identity = start(tmp_path, before)
-    parent.send_signal(signum)
-    assert parent.wait(timeout=20) == 50
-    assert not is_running(identity)
-
-
-@linux
-def test_program_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    parent, identity = start(tmp_path, "")
-    assert is_running(identity)
-    parent.kill()
-    parent.wait(timeout=20)
-    wait_until(lambda: not is_running(identity))
-
-
-# The sitecustomize module, in the interpreter below the virtual environment, which has no lightning_prune
-
-
-@pytest.fixture
-def fake_home(tmp_path: Path) -> Path:
-    """Return a folder with a trainer module and a stand-in for the library, reached through the environment only."""
-    package = tmp_path / "home" / "lightning_prune" / "integrations"
-    package.mkdir(parents=True)
-    written(
-        package / "exec_inject.py",
-        "def add_callback(name, construct, trainer, args, kwargs):\n"
-        "    return args, kwargs | {'callbacks': [name, construct.__qualname__]}\n",
-    )
-    (tmp_path / "program").mkdir()
-    written(
-        tmp_path / "program" / "some_trainer.py",
-        "class Trainer:\n    def __init__(self, *, callbacks=()):\n        self.callbacks = callbacks\n",
-    )
-    return tmp_path
-
-
-def run_bare(folder: Path, text: str, *, recipe: str | None) -> str:
-    """Run a program in the base interpreter with `exec_site` and the folder `program` on its path."""
-    environment = {
-        "PYTHONPATH": f"{SITE}:{folder / 'program'}",
-        "LIGHTNING_PRUNE_EXEC_MODULES": "some_trainer:other",
-        "LIGHTNING_PRUNE_EXEC_HOME": str(folder / "home"),
-    } | ({} if recipe is None else {"LIGHTNING_PRUNE_EXEC_RECIPE": recipe})
-    base = getattr(sys, "_base_executable", sys.executable)
-    result = subprocess.run(
-        [base, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_trainer_module_is_wrapped_once_imported(fake_home: Path) -> None:
-    text = "import inspect, some_trainer as t; print(t.Trainer().callbacks, inspect.signature(t.Trainer))"
-    assert run_bare(fake_home, text, recipe="x") == "['some_trainer', 'Trainer.__init__'] (*, callbacks=())\n"
-
-
-def test_nothing_is_wrapped_without_the_recipe(fake_home: Path) -> None:
-    assert run_bare(fake_home, "import some_trainer as t; print(t.Trainer().callbacks)", recipe=None) == "()\n"
-
-
-def test_hidden_sitecustomize_runs(fake_home: Path) -> None:
-    written(fake_home / "program" / "sitecustomize.py", "import sys; seen = list(sys.path)")
-    text = "import sys, sitecustomize; print(sitecustomize.seen == sys.path[1:], 'exec_site' in str(sys.path))"
-    assert run_bare(fake_home, text, recipe="x") == "True False\n"
 
 
 # Arguments of a Trainer

@@ -82,7 +82,7 @@ def test_precisions_keep_exact_zeros(precision: Any) -> None:
 
 
 def test_sparsity_goes_to_the_logger(tmp_path: Path) -> None:
-    module, callback = run(logger=CSVLogger(tmp_path, name="", version=""), val_check_interval=4)
+    _, callback = run(logger=CSVLogger(tmp_path, name="", version=""), val_check_interval=4)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
     column = names.index("prune/sparsity")
