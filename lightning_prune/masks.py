@@ -54,16 +54,16 @@ def keep_rows(unit_RC: Tensor, num_keep: int) -> Tensor:
     lowest = unit_RC.kthvalue(unit_RC.shape[1] - num_keep + 1, dim=1, keepdim=True).values
     keep = unit_RC > lowest
     ties = unit_RC == lowest
-    missing = num_keep - keep.sum(1, keepdim=True)
-    if bool((ties.sum(1, keepdim=True) != missing).any()):
-        ties &= ties.cumsum(1) <= missing
+    missing = num_keep - torch.count_nonzero(keep, dim=1)
+    if bool((torch.count_nonzero(ties, dim=1) != missing).any()):
+        ties &= ties.cumsum(1) <= missing[:, None]
     return keep | ties
 
 
 def _sortable(score: Tensor) -> Tensor:
     """Return int32 keys in the order of the float32 scores, minus zero counted as zero."""
     bits = (score.reshape(-1) + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # negative floats have their order reversed
 
 
 def _bin_holding(histogram: Tensor, num_keep: int) -> tuple[int, int]:
@@ -99,34 +99,50 @@ def find_cut(
     Args:
         names: the targets ranked together; ties go to the first of them, then to the lowest index.
         num_keep: at least 1 and at most the number of units.
-        unit: gives a target's unit scores on this process; asked three times for each target.
+        unit: gives a target's unit scores on this process; asked three times for each of several targets.
         total: sums counts over the processes that share a target.
     """
+    only = _sortable(unit(names[0])) if len(names) == 1 else None
+
+    def keys_of(name: str) -> Tensor:
+        return _sortable(unit(name)) if only is None else only
+
     high = low = None
     for name in names:
-        bins = (_sortable(unit(name)) >> 16) + _NUM_BINS // 2
+        bins = (keys_of(name) >> 16).add_(_NUM_BINS // 2)
         counts = total(name, torch.bincount(bins, minlength=_NUM_BINS))
         high = counts if high is None else high + counts
     assert high is not None, "find_cut needs at least one target"
     high_bin, above = _bin_holding(high, num_keep)
     prefix = high_bin - _NUM_BINS // 2
     for name in names:
-        keys = _sortable(unit(name))
-        counts = torch.bincount(keys[keys >> 16 == prefix] & 0xFFFF, minlength=_NUM_BINS)
-        counts = total(name, counts)
+        keys = keys_of(name)
+        counts = total(name, torch.bincount(keys[keys >> 16 == prefix] & 0xFFFF, minlength=_NUM_BINS))
         low = counts if low is None else low + counts
     assert low is not None
     low_bin, above_low = _bin_holding(low, num_keep - above)
-    key = (prefix << 16) | low_bin
-    ties_left = num_keep - above - above_low
-    num_above, num_ties = {}, {}
+    key, above = (prefix << 16) | low_bin, above + above_low
+    if len(names) == 1:
+        return Cut(key=key, num_above={names[0]: above}, num_ties={names[0]: num_keep - above})
+    return _share_ties(names, key, num_keep - above, keys_of, total)
+
+
+def _share_ties(
+    names: Sequence[str],
+    key: int,
+    num_ties: int,
+    keys_of: Callable[[str], Tensor],
+    total: Callable[[str, Tensor], Tensor],
+) -> Cut:
+    """Count what lies above a cut in each target, and give the ties to the first targets that have any."""
+    above, kept_ties = {}, {}
     for name in names:
-        keys = _sortable(unit(name))
-        both = total(name, torch.stack([(keys > key).sum(), (keys == key).sum()]))
-        num_above[name], ties = (int(count) for count in both)
-        num_ties[name] = min(ties, ties_left)
-        ties_left -= num_ties[name]
-    return Cut(key=key, num_above=num_above, num_ties=num_ties)
+        keys = keys_of(name)
+        both = total(name, torch.stack([torch.count_nonzero(keys > key), torch.count_nonzero(keys == key)]))
+        above[name], ties = (int(count) for count in both)
+        kept_ties[name] = min(ties, num_ties)
+        num_ties -= kept_ties[name]
+    return Cut(key=key, num_above=above, num_ties=kept_ties)
 
 
 def keep_above(unit_RC: Tensor, cut: Cut, name: str, parameter: Tensor, *, whole: bool) -> Tensor:
@@ -145,7 +161,7 @@ def keep_above(unit_RC: Tensor, cut: Cut, name: str, parameter: Tensor, *, whole
     keys = _sortable(unit_RC)
     ties = keys == cut.key
     quota = cut.num_ties[name]
-    count = ties.sum()
+    count = torch.count_nonzero(ties)
     if not whole:
         before, everywhere = distributed.gather_counts(count, parameter)
         if int(everywhere) != quota:

@@ -43,20 +43,26 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Linear maps of awkward heights: 20 rows, 7 (4 + 3), 1 (the second rank has none), and a transposed one."""
+    """Weights that do not split evenly in two, linear and transposed.
+
+    The rows of `tall` make three blocks of four, `odd` has 4 + 3 rows, `single` leaves the second process none, and
+    `mix` is transposed with 4 + 3 columns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(WIDTH, 20)
-        self.down = nn.Linear(20, WIDTH)
+        self.up = Conv1D(12, WIDTH)
+        self.down = nn.Linear(12, WIDTH)
+        self.tall = nn.Linear(WIDTH, 12)
         self.odd = nn.Linear(WIDTH, 7)
-        self.gate = nn.Linear(WIDTH, 1)
         self.mix = Conv1D(WIDTH, 7)
+        self.single = nn.Linear(WIDTH, 1)
         self.experts = Experts()
 
     def forward(self, input_BTI: Tensor) -> Tensor:
-        hidden = input_BTI + self.down(self.up(input_BTI).tanh())
-        hidden = hidden + self.mix(self.odd(hidden).tanh()) * self.gate(hidden)
+        inner = self.up(input_BTI).tanh() + self.tall(input_BTI).tanh()
+        hidden = input_BTI + self.down(inner)
+        hidden = hidden + self.mix(self.odd(hidden).tanh()) * self.single(hidden)
         return hidden + self.experts(hidden)
 
 
@@ -161,7 +167,9 @@ class Training:
         self.step = last
 
     def check_parts(self) -> None:
-        """Check that pruned weights are zero, and that masks are no larger than this process's rows."""
+        """Check that pruned weights are zero, and that masks and statistics hold this process's rows alone."""
+        observation = self.conductor._observation
+        assert observation is not None
         for binding in self.conductor.targets.resolve(self.model):
             rows = distributed.local(binding.parameter.detach())
             mask = self.conductor.masks.get(binding.name)
@@ -169,6 +177,10 @@ class Training:
                 assert mask.shape == rows.shape, f"mask of {binding.name}: {mask.shape}, rows here: {rows.shape}"
                 assert mask.untyped_storage().nbytes() == rows.numel()
                 assert not rows[~mask].any(), f"pruned weights of {binding.name} came back"
+            for statistic in observation.statistics[binding.name].values():
+                if statistic.source == "step":
+                    sizes = [getattr(statistic, name).numel() for name in statistic._defaults]
+                    assert sizes == [rows.numel(), 1], f"statistics of {binding.name}: {sizes}"
 
     def save(self, path: str) -> None:
         """Write everything whole into one file, from the first rank."""

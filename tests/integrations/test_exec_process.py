@@ -18,6 +18,29 @@ sys.path.insert(0, {str(Path(exec_process.__file__).parent)!r})
 from exec_process import run_process
 sys.exit(run_process([sys.executable, *sys.argv[1:]], os.environ))
 """
+# Counts the interrupts it gets while it waits, and ends with that number.
+COUNT = """
+import signal, time
+interrupts = []
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(time.monotonic()))
+print("ready", flush=True)
+until = time.monotonic() + 20
+while not interrupts and time.monotonic() < until:
+    time.sleep(0.01)
+time.sleep(0.3)
+raise SystemExit(40 + len(interrupts))
+"""
+# Runs a Python program in a terminal of its own, and types Ctrl-C when it is ready.
+TYPE_INTERRUPT = """
+import os, pty, sys
+child, terminal = pty.fork()
+if not child:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while b"ready" not in os.read(terminal, 1000):
+    pass
+os.write(terminal, bytes([3]))
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads /proc; other systems forward signals alike"
 )
@@ -83,3 +106,11 @@ def test_program_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait(timeout=20)
     wait_until(lambda: not is_running(identity))
+
+
+@linux
+def test_interrupt_from_the_terminal_arrives_once(tmp_path: Path) -> None:
+    program = tmp_path / "count.py"
+    program.write_text(COUNT)
+    command = [sys.executable, "-c", TYPE_INTERRUPT, "-c", RUN_PROCESS, str(program)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 41

@@ -1,4 +1,4 @@
-"""The `sitecustomize` module of exec, in the interpreter below the virtual environment, which has no lightning_prune."""
+"""The `sitecustomize` module of exec, in the interpreter below the virtual environment, without lightning_prune."""
 
 import subprocess
 import sys
