@@ -3,8 +3,9 @@
     LIGHTNING_PRUNE_DATA=FOLDER python benchmarks/quality_unstructured.py
 
 Perplexity: the first 100,000 characters of tinystories_v1_valid.txt, tokenized whole and cut into windows of 256
-tokens, each read on its own after the start token; every token of the text is predicted once. The dense figures are compared with those that were measured apart from this code and
-stand in the README of the data (4.561 and 5.590); the script stops if they differ.
+tokens, each read on its own after the start token; every token of the text is predicted once. The dense figures are
+compared with those that were measured apart from this code and stand in the README of the data (4.561 and 5.590); the
+script stops if they differ.
 
 One-shot: calibration on 32 sequences of 256 tokens of tinystories_v1_train.txt. Training: every method, and the dense
 control, gets the same batches in the same order and the same learning rate; sparsity rises on a cubic ramp over the

@@ -78,9 +78,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Pass logged metrics on, to the guard and the report."""
-        if logs and self.run.sparsifier.is_attached:
+        """Pass logged metrics on, to the guard and the report; a checkpoint of this step must hold what they change."""
+        if logs and self.run.sparsifier.is_attached and not all(name.startswith("prune/") for name in logs):
             self.run.observe(logs)
+            self._save_if_due(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the side file of a checkpoint that was decided on only after an evaluation."""
@@ -154,10 +155,13 @@ def _calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
 
 
 def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Log through the Trainer without ending the log, evaluation or save that is due at this step."""
+    """Log through the Trainer without ending the log, evaluation or save that is due at this step.
+
+    A subclass that adds its own averages to every log, as TRL's do, is passed by: they belong to its own lines.
+    """
     control = trainer.control
     due = control.should_log, control.should_evaluate, control.should_save
-    trainer.log(metrics)
+    Trainer.log(trainer, metrics)
     trainer.control.should_log, trainer.control.should_evaluate, trainer.control.should_save = due
 
 

@@ -24,6 +24,7 @@ __all__ = ["evaluating", "forward_all", "to_device", "walk_blocks"]
 
 Batch = Mapping[str, Tensor]
 Visit = Callable[[nn.Module, Callable[[], None]], None]
+Announce = Callable[[Mapping[str, object]], None]
 
 
 class _Stop(BaseException):
@@ -65,9 +66,11 @@ def forward_all(
 class _Lane(threading.Thread):
     """One batch on its way through the model."""
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, object], device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Mapping[str, object], device: torch.device, announce: Announce
+    ) -> None:
         super().__init__(daemon=True)
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.announce = model, batch, announce
         self.go, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
         self.block: nn.Module | None = None
         self.arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
@@ -104,11 +107,13 @@ class _Lane(threading.Thread):
 
     def compute(self, block: Callable[..., object]) -> object:
         """Run a block, from the main thread, on the inputs that wait at it."""
+        self.announce(self.batch)
         args, kwargs = self.arguments
         return block(*args, **kwargs)
 
     def advance(self) -> None:
         """Run, from the main thread, until the next block or the end."""
+        self.announce(self.batch)
         self.go.release()
         self.stopped.acquire()
         if self.error is not None:
@@ -151,6 +156,7 @@ def walk_blocks(
     device: torch.device,
     stop_after_blocks: bool,
     progress: bool,
+    announce: Announce = lambda batch: None,
 ) -> None:
     """Visit blocks in order; each sees the inputs that the blocks before it, as they are by then, produce.
 
@@ -162,9 +168,10 @@ def walk_blocks(
         device: where the batches go.
         stop_after_blocks: whether what follows the last block need not run.
         progress: whether to show a bar.
+        announce: told a batch before any part of the model runs on it.
     """
     passed: set[int] = set()
-    lanes = [_Lane(model, to_device(batch, device), device) for batch in batches]
+    lanes = [_Lane(model, to_device(batch, device), device, announce) for batch in batches]
     bar = tqdm(total=len(blocks), desc="pruning blocks", disable=not (progress and distributed.is_first_rank()))
     with _stopping(blocks, passed) as originals, torch.no_grad(), bar:
         for lane in lanes:

@@ -91,11 +91,12 @@ class OneShot:
         observe.restart_inputs()
         inside = {id(target) for _, targets in blocks for target in targets}
         outside = [binding for binding in self.bindings if id(binding) not in inside]
-        observe.start(self.model, outside, only_training=False)
+        current = _CurrentBatch()
+        observe.start(current, outside, only_training=False)
         targets_of = {id(block): targets for block, targets in blocks}
 
         def visit(block: nn.Module, run: Callable[[], None]) -> None:
-            handles = observe.start(self.model, targets_of[id(block)], only_training=False)
+            handles = observe.start(current, targets_of[id(block)], only_training=False)
             run()
             for handle in handles:
                 handle.remove()
@@ -109,11 +110,11 @@ class OneShot:
             device=self.device,
             stop_after_blocks=not outside,
             progress=self.progress,
+            announce=lambda batch: current(attention_mask=batch.get("attention_mask")),
         )
         observe.stop()
-        missed = [binding.name for binding in self.bindings if not observe.has_observed(binding)]
-        if outside or missed:
-            self._change(outside or self.bindings, budgets)
+        missed = [binding for binding in self.bindings if id(binding) in inside and not observe.has_observed(binding)]
+        self._change([*missed, *outside], budgets)  # one that was missed is refused by name
 
     def _targets_in(self, block: nn.Module) -> list[Binding]:
         modules = {id(module) for module in block.modules()}
@@ -123,8 +124,8 @@ class OneShot:
         """Feed the gradient of every batch's loss as one step."""
         for batch in tqdm(batches, desc="calibrating", disable=not self.progress):
             inputs = to_device(batch, self.device)
-            if "labels" not in inputs and "input_ids" in inputs:
-                inputs["labels"] = inputs["input_ids"]
+            if "labels" not in inputs:
+                inputs |= _labels(inputs)
             loss = getattr(self.model(**inputs), "loss", None)
             if loss is None:
                 raise ValueError(
@@ -135,6 +136,22 @@ class OneShot:
             self.observation.feed_step(self.bindings)
             for binding in self.bindings:
                 binding.parameter.grad = None
+
+
+class _CurrentBatch(nn.Module):
+    """Stands for the model where blocks run on their own: called with the mask of the batch that they run on."""
+
+    def forward(self, attention_mask: object = None) -> None:
+        """Do nothing; hooks on the call see the mask."""
+
+
+def _labels(inputs: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the input tokens as labels, padding left out; nothing if the model does not read tokens."""
+    ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor):
+        return {}
+    has_padding = isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape
+    return {"labels": ids.masked_fill(attention_mask == 0, -100) if has_padding else ids}
 
 
 @contextmanager

@@ -22,7 +22,9 @@ def test_by_hand() -> None:
 
 def test_counts_are_those_of_a_common_sort() -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = {name: torch.rand(20, 10, generator=generator) * scale for name, scale in zip("abc", (1, 2, 3), strict=True)}
+    scores = {
+        name: torch.rand(20, 10, generator=generator) * scale for name, scale in zip("abc", (1, 2, 3), strict=True)
+    }
     cut = torch.cat([score.reshape(-1) for score in scores.values()]).sort(descending=True).values[299]
     expected = {name: int((score >= cut).sum()) for name, score in scores.items()}
     assert kept(scores, 0.5) == expected

@@ -107,6 +107,17 @@ def test_a_guard_on_the_evaluation_loss_holds(tmp_path: Path) -> None:
     assert "not the promised 0.5" in report.notes[1]
 
 
+def test_a_guard_that_acts_when_a_checkpoint_is_saved_resumes_exactly(tmp_path: Path) -> None:
+    source = recipe(guard={"metric": "eval_loss", "max": 0.1, "action": "hold"})
+    options = {"eval_strategy": "steps", "eval_steps": 5, **SAVES}
+    whole, callback = run(tmp_path / "whole", source, **options)
+    resumed, second = run(tmp_path / "again", source, resume=str(tmp_path / "whole" / "checkpoint-5"), **options)
+    assert second.run.sparsifier.report().notes == callback.run.sparsifier.report().notes
+    assert "step 5: eval_loss" in callback.run.sparsifier.report().notes[0]
+    assert_same_weights(whole.model, resumed.model)
+    assert_same_masks(callback.run.sparsifier, second.run.sparsifier)
+
+
 def test_a_best_checkpoint_with_fewer_zeros_is_said_aloud(tmp_path: Path) -> None:
     _, callback = run(
         tmp_path,
