@@ -3,23 +3,23 @@
 Shapes: N sequences, T tokens of each.
 """
 
-import importlib
+import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lightning_prune import report_page
 from lightning_prune.export.dense import export_dense
 from lightning_prune.export.folder import check_free
 from lightning_prune.export.huggingface import export_huggingface
+from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.integrations.text_documents import read_documents
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe import Export, Recipe
 from lightning_prune.report import measure
 from lightning_prune.targets import Targets
 from lightning_prune.types import Report
@@ -29,7 +29,6 @@ __all__ = [
     "calibration_windows",
     "export_model",
     "load_model",
-    "prune_and_write",
     "run_oneshot",
 ]
 
@@ -67,7 +66,11 @@ def run_oneshot(
         ValueError: if an input is wrong; nothing has been written then.
     """
     recipe = Recipe.load(config, overrides=overrides)
-    _check(recipe, out, data)
+    form = "huggingface" if recipe.export is None else recipe.export.format
+    run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
+    if data is not None and not recipe.prune.scorer.needs:
+        name = type(recipe.prune.scorer).__name__
+        raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
     needs_text = bool(recipe.prune.scorer.needs)
     texts = [document.text for document in read_documents(data)] if needs_text else []
     network, tokenizer = load_model(model, device=device)
@@ -76,28 +79,8 @@ def run_oneshot(
         length = sequence_length or min(_LONGEST, _longest(network))
         windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
         batches = calibration_batches(windows_NT, batch_size=batch_size, device=network.device)
-    return prune_and_write(recipe, network, tokenizer, batches, out=out)
-
-
-def prune_and_write(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, batches: Sequence[Mapping[str, Tensor]], *, out: str
-) -> Report:
-    """Evaluate, prune once, evaluate, export, and write the report, each as far as the recipe asks for it."""
-    sparsifier = recipe.sparsifier()
-    evaluations = _evaluate(recipe, model, tokenizer, "start", sparsifier.measure(model))
-    report = sparsifier.prune_once(model, batches)
-    evaluations += _evaluate(recipe, model, tokenizer, "end", report)
-    _export(recipe, model, out, tokenizer=tokenizer, report=report)
+    report = run.prune_once(network, batches, tokenizer=tokenizer)
     logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
-    if recipe.report.dir is not None:
-        page = report_page.write_report(
-            recipe.report.dir,
-            report=report.as_dict(),
-            history=sparsifier.history,
-            evaluations=evaluations,
-            recipe_text=recipe.dump(),
-        )
-        logger.info("report: %s", page)
     return report
 
 
@@ -186,48 +169,3 @@ def export_model(name: str, out: str, *, form: str) -> Path:
 
 def _longest(model: PreTrainedModel) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or _LONGEST)
-
-
-def _check(recipe: Recipe, out: str, data: str | None) -> None:
-    """Let everything that can be wrong be said before the model is loaded."""
-    check_free(out)
-    if data is not None and not recipe.prune.scorer.needs:
-        name = type(recipe.prune.scorer).__name__
-        raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
-    if recipe.report.dir is not None:
-        report_page.check_requirements()
-    if recipe.evaluate is not None:
-        _harness().check_tasks(list(recipe.evaluate.tasks), recipe.evaluate.include_path)
-
-
-def _export(recipe: Recipe, model: PreTrainedModel, out: str, *, tokenizer: Any, report: Report) -> None:
-    """Write the model in the recipe's form, a Hugging Face folder if it names none."""
-    if recipe.export is not None and recipe.export.format == "dense":
-        export_dense(model, out, report=report, recipe=recipe.as_dict())
-    else:
-        export_huggingface(model, out, tokenizer=tokenizer, report=report, recipe=recipe.as_dict())
-
-
-def _harness() -> Any:
-    return importlib.import_module("lightning_prune.integrations.lm_eval_harness")
-
-
-def _evaluate(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, moment: Literal["start", "end"], report: Report
-) -> list[dict[str, object]]:
-    """Return the entry for the report, or an empty list if the recipe does not evaluate at this moment."""
-    options = recipe.evaluate
-    if options is None or moment not in options.at:
-        return []
-    results = _harness().evaluate_model(
-        model,
-        tokenizer,
-        tasks=list(options.tasks),
-        include_path=options.include_path,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        num_fewshot=options.num_fewshot,
-    )
-    summary = {key: value for key, value in report.as_dict().items() if key != "targets"}
-    label = "before" if moment == "start" else "after"
-    return [{"label": label, "step": report.step, "report": summary, "results": results}]

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 __all__ = ["OneBarHFLM"]
 
 
-class OneBarHFLM(HFLM):  # type: ignore[misc]
+class OneBarHFLM(HFLM):
     """Score as HFLM does; only the bars differ."""
 
     _bar: Any = None

@@ -5,11 +5,11 @@ The adapters call it at their trainer's moments; it knows no trainer.
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune import distributed, report_page
 from lightning_prune.export.dense import export_dense
@@ -77,14 +77,24 @@ class PruningRun:
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
         self._check_language_model(model)
-        is_resumed = self.sparsifier.is_restoring
-        if not is_resumed:
-            self.evaluations.clear()
-            if self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at:
-                report = self.sparsifier.measure(model)
-                self._evaluate("before", report)
+        if not self.sparsifier.is_restoring:
+            self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)
         self._log_report()
+
+    def prune_once(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, tokenizer: Any) -> Report:
+        """Evaluate, prune once, evaluate, report and export, each as far as the recipe asks for it."""
+        self._model, self._tokenizer = model, tokenizer
+        self._check_language_model(model)
+        self._evaluate_dense(model)
+        report = self.sparsifier.prune_once(model, batches)
+        self._conclude()
+        return report
+
+    def _evaluate_dense(self, model: nn.Module) -> None:
+        self.evaluations.clear()
+        if self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at:
+            self._evaluate("before", self.sparsifier.measure(model))
 
     def _check_language_model(self, model: nn.Module) -> None:
         options, found = self.recipe.evaluate, language_model(model)
@@ -145,6 +155,9 @@ class PruningRun:
             return
         self.sparsifier.detach()
         self._log(self.sparsifier.report().metrics())
+        self._conclude()
+
+    def _conclude(self) -> None:
         if self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at:
             self._evaluate("after", self.sparsifier.report())
         self._write_report()

@@ -66,9 +66,7 @@ def forward_all(
 class _Lane(threading.Thread):
     """One batch on its way through the model."""
 
-    def __init__(
-        self, model: nn.Module, batch: Mapping[str, object], device: torch.device, announce: Announce
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, object], device: torch.device, announce: Announce) -> None:
         super().__init__(daemon=True)
         self.model, self.batch, self.announce = model, batch, announce
         self.go, self.stopped = threading.Semaphore(0), threading.Semaphore(0)

@@ -150,8 +150,9 @@ def _labels(inputs: Mapping[str, object]) -> dict[str, Tensor]:
     ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor):
         return {}
-    has_padding = isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape
-    return {"labels": ids.masked_fill(attention_mask == 0, -100) if has_padding else ids}
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape:
+        return {"labels": ids.masked_fill(attention_mask == 0, -100)}
+    return {"labels": ids}
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from lightning_prune.sparsifier import Sparsifier
 from tests.tiny_models import VOCAB, token_windows
 
 WIDTH = 16
-NUM_STEPS = 6
+NUM_STEPS = 4
 NUM_MICRO_BATCHES = 2
 BATCH = 4  # sequences of one micro batch, over all processes
-Way = Literal["one", "ddp", "fsdp", "hsdp"]
+Way = Literal["one", "ddp", "fsdp", "fsdp_root", "hsdp"]
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -87,19 +87,19 @@ class Stack(nn.Module):
 
 
 def recipe(**prune: Any) -> dict[str, Any]:
-    """Return a recipe that prunes half at steps 1, 3 and 5 of 6, all linear layers unless told otherwise."""
-    schedule = {"class_path": "Linear", "init_args": {"sparsity": 0.5, "start": 0, "end": 5, "interval": 2}}
-    return {"prune": {"schedule": schedule} | prune}
+    """Return a recipe that prunes 0.2 at step 1 and 0.5 at step 3 of 4, all linear layers unless told otherwise."""
+    options = {"sparsity": 0.5, "initial": 0.2, "start": 1, "end": 3, "interval": 2}
+    return {"prune": {"schedule": {"class_path": "Linear", "init_args": options}} | prune}
 
 
 def wrap(model: Stack, way: Way) -> nn.Module:
     """Wrap or shard a model."""
     if way == "ddp":
         return DistributedDataParallel(model)
-    if way in ("fsdp", "hsdp"):
-        shape, names = ((2,), ("shard",)) if way == "fsdp" else ((2, 1), ("copy", "shard"))
+    if way.startswith("fsdp") or way == "hsdp":
+        shape, names = ((2, 1), ("copy", "shard")) if way == "hsdp" else ((2,), ("shard",))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for layer in model.layers:
+        for layer in () if way == "fsdp_root" else model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 __all__ = ["Processes"]
@@ -62,6 +61,7 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         self._num_groups += 1
         meeting = Path(self._folder.name) / str(self._num_groups)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
         for rank in range(self.number):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.number, str(meeting), theirs), daemon=True)
@@ -89,7 +89,6 @@ class Processes:
 
 def _serve(rank: int, number: int, meeting: str, connection: Connection) -> None:
     """Join the group and answer calls until the pipe is closed."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -209,7 +210,7 @@ def test_a_model_that_swallows_exceptions_does_not_go_on() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             try:
                 return super().forward(inputs)
-            except Exception:
+            except Exception:  # noqa: BLE001 - what such models do
                 return self.head(inputs)
 
     calls: list[int] = []
@@ -343,14 +344,11 @@ def test_modes_and_cache_come_back_as_they_were(family: str, error: Exception | 
     modes = [module.training for module in model.modules()]
     caches = [config.use_cache for config in configs.values()]
     assert True in caches
-    try:
-        with evaluating(model):
-            assert not any(module.training for module in model.modules())
-            assert not any(config.use_cache for config in configs.values())
-            if error is not None:
-                raise error
-    except RuntimeError as caught:
-        assert caught is error
+    with nullcontext() if error is None else pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not any(config.use_cache for config in configs.values())
+        if error is not None:
+            raise error
     assert [module.training for module in model.modules()] == modes
     assert [config.use_cache for config in configs.values()] == caches
 

@@ -19,13 +19,17 @@ from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.types import Allocation, Granularity, Scope, Scorer
 
+SINGLE = Unstructured()
+UNIFORM = Uniform()
+MAGNITUDE = Magnitude()
+
 
 def decision(
     model: nn.Module,
     *,
-    scorer: Scorer = Magnitude(),
-    granularity: Granularity = Unstructured(),
-    allocation: Allocation = Uniform(),
+    scorer: Scorer = MAGNITUDE,
+    granularity: Granularity = SINGLE,
+    allocation: Allocation = UNIFORM,
     held: Mapping[str, Tensor] | None = None,
     stats: Mapping[str, Tensor] | None = None,
 ) -> Decision:

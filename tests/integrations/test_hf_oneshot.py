@@ -8,6 +8,7 @@ import torch
 
 from lightning_prune.integrations import hf_oneshot
 from lightning_prune.integrations.hf_oneshot import calibration_batches, calibration_windows, export_model, run_oneshot
+from lightning_prune.integrations.pruning_run import PruningRun
 from tests.model_folders import TEXT, character_tokenizer, write_model_folder
 
 
@@ -52,7 +53,7 @@ def test_evaluations_frame_the_pruning(tmp_path: Path, monkeypatch: pytest.Monke
             zeros.append(sum(int((weight == 0).sum()) for name, weight in model.named_parameters() if "proj" in name))
             return {"fox": {"acc": 1.0 / len(zeros)}}
 
-    monkeypatch.setattr(hf_oneshot, "_harness", lambda: Harness)
+    monkeypatch.setattr(PruningRun, "_harness", staticmethod(lambda: Harness))
     report = run_oneshot(
         "oneshot/magnitude_half",
         model=str(folder),
