@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lightning_prune.integrations.muon_adamw import MuonAdamW
 from lightning_prune.integrations.text_data import TextData
 
 __all__ = ["CausalLM", "LlamaSize", "TextData", "learning_rate_factor"]
@@ -66,7 +67,7 @@ def learning_rate_factor(step: int, *, warmup: int, total: int, decay: Literal["
 
 
 class CausalLM(LightningModule):
-    """Next-token training with AdamW, warm-up and decay over the whole training.
+    """Next-token training with warm-up and decay over the whole training.
 
     Logs `train_loss`, `val_loss` and `val_ppl`, all per token.
 
@@ -74,9 +75,10 @@ class CausalLM(LightningModule):
         model: folder or hub id of a causal model; None builds a Llama of `size`.
         size: shape of the Llama, of no use when `model` is given.
         learning_rate: the highest, after warm-up.
-        weight_decay: of matrices; vectors have none.
+        weight_decay: of matrices; vectors have none, nor have embeddings under `muon`.
         warmup_steps: optimizer steps of linear warm-up.
         decay: how the learning rate falls to zero.
+        optimizer: `adamw`, or `muon` for the matrices of linear layers and AdamW for the rest; see `MuonAdamW`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class CausalLM(LightningModule):
         weight_decay: float = 0.1,
         warmup_steps: int = 30,
         decay: Literal["linear", "cosine"] = "linear",
+        optimizer: Literal["adamw", "muon"] = "adamw",
     ) -> None:
         super().__init__()
         if model is not None and size is not None:
@@ -97,6 +100,7 @@ class CausalLM(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.decay = decay
+        self.optimizer = optimizer
 
     def setup(self, stage: str | None = None) -> None:
         """Check that the tokens of the data fit the model.
@@ -151,16 +155,31 @@ class CausalLM(LightningModule):
         self.log("val_ppl", self.trainer.callback_metrics["val_loss"].exp(), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return AdamW and the learning rate's way."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+        """Return the optimizer and the learning rate's way."""
+        optimizer = self._muon() if self.optimizer == "muon" else self._adamw()
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(
             optimizer,
             lambda step: learning_rate_factor(step, warmup=self.warmup_steps, total=total, decay=self.decay),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _adamw(self) -> torch.optim.AdamW:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+
+    def _muon(self) -> MuonAdamW:
+        head = self.model.get_output_embeddings()
+        layers = [module for module in self.modules() if isinstance(module, nn.Linear) and module is not head]
+        linear = {id(layer.weight) for layer in layers}
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return MuonAdamW(
+            [p for p in parameters if id(p) in linear],
+            [p for p in parameters if id(p) not in linear],
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )

@@ -167,7 +167,7 @@ class PruningRun:
     def abort(self) -> None:
         """Let go of the model after an error or an interruption; the report shows what was reached."""
         if self.sparsifier.is_attached:
-            self.sparsifier.detach()
+            self.sparsifier.detach(has_failed=True)
             self._write_report()
 
     def _write_report(self) -> None:

@@ -35,6 +35,8 @@ __all__ = ["run_quickstart"]
 
 logger = logging.getLogger(__name__)
 
+Scores = dict[str, dict[str, float]]
+
 _NUM_QUESTIONS = 400
 _WHOLE_TEXT_CHARACTERS = 60_000
 _CALIBRATION_BATCHES = 16
@@ -117,6 +119,10 @@ def _check(recipe: Recipe) -> Evaluate:
         raise ValueError(
             f"recipe {recipe.name}: the table is made from {NEXT_LINE} and {WHOLE_TEXT}; name both in evaluate.tasks"
         )
+    if set(recipe.evaluate.at) != {"start", "end"}:
+        raise ValueError(
+            f"recipe {recipe.name}: the table compares the model before and after; evaluate.at must be [start, end]"
+        )
     return recipe.evaluate
 
 
@@ -154,17 +160,19 @@ class _Job:
         """Train, prune and measure; return the table's rows in order."""
         if not is_trained:
             self._fit("dense", "training a dense model")
-        rows = [self._row("dense")]
         start = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        self._fit("trained_further", "training it further without pruning, for comparison")
-        rows.append(self._row("dense, trained further"))
+        callback = PruningCallback(self.recipe)
+        self._fit("pruned_while_trained", "training it further while pruning", callback)
+        before, *_, after = callback.run.evaluations
+        pruned = self._row("pruned while trained", after["results"])
         self.module.load_state_dict(start)
+        dense = self._row("dense", before["results"])
         self._prune_once()
-        rows.append(self._row("pruned, not trained"))
+        once = self._row("pruned, not trained", self._score("pruned_not_trained"))
         self.module.load_state_dict(start)
-        self._fit("pruned_while_trained", "training it further with pruning", PruningCallback(self.recipe))
-        rows.append(self._row("pruned while trained"))
-        return rows
+        self._fit("trained_further", "training it further without pruning, for comparison")
+        longer = self._row("dense, trained further", self._score("trained_further"))
+        return [dense, longer, once, pruned]
 
     def _check_pruning(self) -> None:
         """Let everything that can be wrong with the pruning be said before the dense training."""
@@ -191,18 +199,22 @@ class _Job:
             batches = list(islice(self.data.train_dataloader(), number))
             self.recipe.sparsifier().prune_once(self.module.model, batches)
 
-    def _row(self, name: str) -> Row:
-        """Measure the model as it is now."""
-        with self._timed(f"evaluation: {name}", f"evaluating: {name}"):
-            values = self._trainer(None).validate(self.module, datamodule=self.data, verbose=False)[0]
-            scores = evaluate_model(
+    def _score(self, name: str) -> Scores:
+        """Run the recipe's tasks, as the callback does before and after its training."""
+        with self._timed(f"evaluate_{name}", f"evaluating: {name}"):
+            return evaluate_model(
                 self.module.model,
                 self.data.tokenizer,
                 tasks=self.evaluate.tasks,
                 include_path=self.evaluate.include_path,
                 limit=self.evaluate.limit,
                 batch_size=self.evaluate.batch_size,
+                num_fewshot=self.evaluate.num_fewshot,
             )
+
+    def _row(self, name: str, scores: Scores) -> Row:
+        """Measure the model as it is now; its scores on the tasks are known."""
+        values = self._trainer(None).validate(self.module, datamodule=self.data, verbose=False)[0]
         report = measure(self.module, self.recipe.prune.targets.resolve(self.module), step=0)
         return Row(
             model=name,

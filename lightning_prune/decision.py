@@ -83,7 +83,8 @@ class Decision:
         whole = self._is_whole(binding)
         target = binding.target(whole=whole)
         score_OI = self.scorer.score(target, Stats(self.read(binding, whole), self.step, self.seed))
-        masks.check_scores(name, score_OI)
+        # NaN and infinity survive a sum, and with the sum over the shards every rank stops alike.
+        masks.check_scores(name, self.sum(name, score_OI.sum(dtype=torch.float64)))
         if name in self.held and not self.scorer.dense_grad:
             score_OI = score_OI.masked_fill(~self._held_matrix(binding, whole), -torch.inf)
         return self.granularity.pool(score_OI)

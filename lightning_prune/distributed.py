@@ -9,7 +9,7 @@ import logging
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 __all__ = [
@@ -20,11 +20,13 @@ __all__ = [
     "check_supported",
     "gather",
     "gather_counts",
+    "has_copies",
     "is_active",
     "is_first_rank",
     "is_sharded",
     "local",
     "log",
+    "reshard",
     "row_range",
     "shard",
     "sum_everywhere",
@@ -49,10 +51,10 @@ def log(logger: logging.Logger, level: int, message: str, *values: object) -> No
 
 
 def check_supported(model: nn.Module) -> None:
-    """Refuse wrappers that hide the parameters.
+    """Refuse wrappers that hide the parameters, and placements other than rows.
 
     Raises:
-        ValueError: if any part of the model is wrapped by FSDP1, whose flat parameters have no rows.
+        ValueError: if a part of the model is wrapped by FSDP1, whose flat parameters have no rows, or split by columns.
     """
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
@@ -60,9 +62,19 @@ def check_supported(model: nn.Module) -> None:
                 f"module {name or '<root>'!r} is wrapped by FSDP1, whose flat parameters cannot hold masks; "
                 "use FSDP2 (torch.distributed.fsdp.fully_shard; in accelerate: fsdp_version: 2)"
             )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            _shard_dim(parameter, name)
 
 
-def _shard_dim(parameter: DTensor) -> int | None:
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put back the sharded parameters where a forward pass without a backward pass left gathered ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _shard_dim(parameter: DTensor, name: str = "a parameter") -> int | None:
     """Return the mesh dimension that splits the rows, None if replicated everywhere."""
     found = None
     for dim, placement in enumerate(parameter.placements):
@@ -70,7 +82,7 @@ def _shard_dim(parameter: DTensor) -> int | None:
             continue
         if type(placement) is not Shard or placement.dim != 0 or found is not None:
             raise ValueError(
-                f"a target is placed as {parameter.placements}; only rows sharded once (Shard(0), FSDP2) and "
+                f"{name} is placed as {parameter.placements}; only rows sharded once (Shard(0), FSDP2) and "
                 "replicated dimensions are supported; prune before applying tensor parallelism"
             )
         found = dim
@@ -126,6 +138,12 @@ def _group(parameter: Tensor) -> dist.ProcessGroup | None:
     if isinstance(parameter, DTensor) and (dim := _shard_dim(parameter)) is not None:
         return parameter.device_mesh.get_group(dim)
     return None
+
+
+def has_copies(parameter: Tensor) -> bool:
+    """Return whether other processes hold the same rows."""
+    group = _group(parameter)
+    return is_active() and (1 if group is None else dist.get_world_size(group)) < dist.get_world_size()
 
 
 def all_reduce_sum(values: Tensor, parameter: Tensor) -> Tensor:

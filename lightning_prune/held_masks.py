@@ -32,12 +32,15 @@ class HeldMasks:
         """Return the targets' parameters by name."""
         return {binding.name: binding.parameter for binding in self.bindings}
 
-    def own(self, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Find out which optimizer steps which target, and return the clock: the first that steps any.
+    def own(self, bindings: list[Binding], optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """Take the targets, find out which optimizer steps which, and return the clock: the first that steps any.
 
-        Trainable targets that no optimizer steps, such as those with master copies, are masked with the clock.
+        Trainable targets left out of the optimizers, while others are in them, are masked with the clock.
+
+        Raises:
+            ValueError: if the optimizers step none of the trainable targets, but perhaps copies of them.
         """
-        self.optimizers = list(optimizers)
+        self.bindings, self.optimizers = bindings, list(optimizers)
         self._owned = {id(optimizer): [] for optimizer in optimizers}
         owner_of = {
             id(parameter): id(optimizer)
@@ -53,6 +56,12 @@ class HeldMasks:
             elif binding.parameter.requires_grad:
                 unowned.append(binding)
         clock = next((optimizer for optimizer in optimizers if self._owned[id(optimizer)]), optimizers[0])
+        if unowned and not self._owned[id(clock)]:
+            raise ValueError(
+                f"the optimizers step none of the targets, not even {unowned[0].name}: they hold other tensors, "
+                "such as flat copies (DeepSpeed) or weights from before sharding; make them from this model's parameters "
+                "and train with DDP or FSDP2"
+            )
         self._owned[id(clock)] += unowned
         return clock
 
@@ -115,12 +124,12 @@ class HeldMasks:
         return sum(int(count) for count in counts)
 
     def check_agreement(self) -> None:
-        """Check that ranks with whole weights hold the same masks.
+        """Check that ranks with copies of the same weights hold the same masks.
 
         Raises:
             RuntimeError: naming the first that differs.
         """
-        names = [b.name for b in self.bindings if b.name in self.masks and not distributed.is_sharded(b.parameter)]
-        if distributed.is_active() and names:
-            hashes = torch.stack([masks.content_hash(self.masks[name]) for name in names])
-            distributed.check_same_everywhere(hashes, names)
+        held = [b for b in self.bindings if b.name in self.masks and distributed.has_copies(b.parameter)]
+        if held:
+            hashes = [distributed.all_reduce_sum(masks.content_hash(self.masks[b.name]), b.parameter) for b in held]
+            distributed.check_same_everywhere(torch.stack(hashes), [b.name for b in held])

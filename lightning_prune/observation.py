@@ -105,7 +105,7 @@ class Observation:
         """
         values = {}
         for name, statistic in self.statistics[binding.name].items():
-            if not statistic.update_called:
+            if not self._is_fed(statistic, binding):
                 raise ValueError(
                     f"{type(self.scorer).__name__} has observed nothing of {binding.name} yet; in training let the "
                     "schedule start at step 1 or later, with prune_once give batches that reach the layer; a layer "
@@ -114,6 +114,12 @@ class Observation:
             value = statistic.compute()
             values[name] = value if statistic.source == "input" else binding.read(value, whole=whole)
         return values
+
+    def _is_fed(self, statistic: "Statistic", binding: Binding) -> bool:
+        """Return whether there is anything to read; of inputs, whether any rank has seen some."""
+        if statistic.source == "input" and not distributed.agree(not statistic.update_called, binding.parameter.device):
+            statistic._update_count = max(statistic._update_count, 1)  # no warning where other ranks have seen some
+        return statistic.update_called
 
     def has_observed(self, binding: Binding) -> bool:
         """Return whether all statistics of a target were fed."""

@@ -32,6 +32,7 @@ def measure(model: nn.Module, bindings: Sequence[Binding], *, step: int, notes: 
     FLOPs per token are two for each weight of a linear layer or stacked expert that a token passes through; attention
     scores and convolutions are left out.
     """
+    distributed.reshard(model)
     counts = {id(parameter): _count(parameter) for parameter in model.parameters()}
     sizes = {id(parameter): torch.Size(parameter.shape).numel() for parameter in model.parameters()}
     width = {id(parameter): parameter.element_size() for parameter in model.parameters()}

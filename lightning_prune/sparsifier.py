@@ -129,8 +129,8 @@ class Sparsifier:
             raise ValueError("attach needs the optimizers that step the model, got none")
         observation = Observation(self.scorer, bindings)
         observation.check_trainable()
-        self._model, self._held.bindings, self._observation = model, bindings, observation
-        self._clock = self._held.own(inner)
+        self._clock = self._held.own(bindings, inner)
+        self._model, self._observation = model, observation
         try:
             self._begin(model, observation)
         except BaseException:
@@ -306,20 +306,21 @@ class Sparsifier:
         self._model = None
         return self.report()
 
-    def detach(self) -> None:
-        """Let go of the model; it keeps its exact zeros. Says aloud when the promised sparsity was not reached."""
+    def detach(self, *, has_failed: bool = False) -> None:
+        """Let go of the model; it keeps its exact zeros. Say what was not reached. Collective unless `has_failed`."""
         if self._model is None:
             return
-        self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
+        if not has_failed:
+            self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
         if self._sparsity < self.schedule.sparsity - 1e-9:
             self._note(
                 f"training ended at step {self.step} of a schedule that ends at step {self._plan[1]}: sparsity is "
                 f"{self._sparsity:.4g}, not the promised {self.schedule.sparsity:.4g}"
             )
-        if sum(target.num_zeros for target in self._report.targets) < self._held.num_pruned():
+        if not has_failed and sum(target.num_zeros for target in self.report().targets) < self._held.num_pruned():
             self._note(
                 "the weights were replaced after the last step (by the best checkpoint?): sparsity is "
-                f"{self._report.sparsity:.4g}, while the masks hold {self._sparsity:.4g}"
+                f"{self.report().sparsity:.4g}, while the masks hold {self._sparsity:.4g}"
             )
         if self.guard is not None and not self._memory.has_seen:
             self._note(f"the guarded metric {self.guard.metric!r} was never logged, so the guard had no effect")

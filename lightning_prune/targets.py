@@ -110,6 +110,7 @@ class Targets:
         Raises:
             ValueError: if a pattern matches nothing, nothing is left, or a target cannot be pruned.
         """
+        distributed.reshard(model)
         candidates = list(_candidates(model))
         names = [name for aliases, _, _ in candidates for name in aliases]
         for pattern in (*self.include, *self.exclude):

@@ -27,8 +27,9 @@ class Processes:
     wait for it; the next `run` starts a new group.
     """
 
-    def __init__(self, number: int = 2, *, seconds: float = 90.0) -> None:
+    def __init__(self, number: int = 2, *, seconds: float = 90.0, are_warnings_errors: bool = True) -> None:
         self.number, self.seconds = number, seconds
+        self._filter = "error" if are_warnings_errors else "default"
         self._folder = tempfile.TemporaryDirectory(prefix="processes")
         self._num_groups = 0
         self._members: list[tuple[BaseProcess, Connection]] = []
@@ -64,7 +65,8 @@ class Processes:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
         for rank in range(self.number):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.number, str(meeting), theirs), daemon=True)
+            args = (rank, self.number, str(meeting), self._filter, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
@@ -87,12 +89,12 @@ class Processes:
         self._folder.cleanup()
 
 
-def _serve(rank: int, number: int, meeting: str, connection: Connection) -> None:
+def _serve(rank: int, number: int, meeting: str, warning_filter: Any, connection: Connection) -> None:
     """Join the group and answer calls until the pipe is closed."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    warnings.simplefilter("error")
+    warnings.simplefilter(warning_filter)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=number, timeout=timedelta(seconds=60)
     )

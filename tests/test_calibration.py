@@ -294,6 +294,18 @@ def test_hooks_on_a_block_itself_are_called() -> None:
     assert calls == [model[0], model[1]]
 
 
+def test_hooks_on_a_block_change_its_output_once() -> None:
+    model = Chain([nn.Linear(4, 4), nn.Linear(4, 4)])
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: 3 * output)
+    inputs = torch.rand(2, 4)
+    expected = model(inputs)
+    outputs: list[Tensor] = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    walk(model, [{"inputs": inputs}], stop_after_blocks=False)
+    assert torch.equal(outputs[0], expected)
+
+
 def test_autocast_reaches_what_lies_before_the_blocks() -> None:
     class Projected(Chain):
         def forward(self, inputs: Tensor) -> Tensor:

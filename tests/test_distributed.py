@@ -165,7 +165,7 @@ def drift(way: Way) -> str:
     if dist.get_rank() == 1:
         with torch.no_grad():
             for parameter in training.model.parameters():
-                parameter.mul_(torch.rand(parameter.shape, dtype=parameter.dtype))
+                distributed.local(parameter.detach()).uniform_()
     with pytest.raises(RuntimeError) as error:
         training.train()
     return str(error.value)
@@ -269,27 +269,72 @@ def test_a_score_that_is_nan_on_one_rank_stops_all(ranks: Processes) -> None:
         assert message.startswith("scores of layers.1.tall.weight contain NaN")
 
 
+def fail_on_one_rank(way: Way) -> tuple[bool, bool]:
+    training = Training(recipe(), way)
+    training.attach()
+    training.train(3)
+    if dist.get_rank() == 0:  # the other is elsewhere, and answers no question
+        training.conductor.detach(has_failed=True)
+    attached = training.conductor.is_attached
+    dist.barrier()
+    training.conductor.detach(has_failed=True)
+    return attached, any(parameter._post_accumulate_grad_hooks for parameter in training.model.parameters())
+
+
+def test_an_error_on_one_rank_detaches_it_alone(ranks: Processes) -> None:
+    assert ranks.run(fail_on_one_rank, "fsdp") == [(False, False), (True, False)]
+
+
+class FlatOptimizer:
+    """Steps one flat copy of all weights with a torch optimizer and writes it back, as DeepSpeed's ZeRO does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        flat = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+        self.optimizer = torch.optim.SGD([flat], lr=0.1)
+
+
+def test_an_optimizer_of_copies_is_refused() -> None:
+    model = Stack()
+    conductor = Recipe.load(recipe()).sparsifier()
+    with pytest.raises(ValueError, match=r"step none of the targets, not even layers\.0\.up\.weight"):
+        conductor.attach(model, [FlatOptimizer(model)], total_steps=NUM_STEPS)
+    assert not conductor.is_attached
+
+
 class Routed(nn.Module):
     """Two experts, of which a batch uses the one that its first number chooses."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_TI: Tensor) -> Tensor:
+        return self.experts[int(input_TI[0, 0] > 0)](input_TI)
+
+
+class RoutedStack(nn.Module):
+    """Blocks of experts, behind a first one that every batch passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]).double()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), Routed()]).double()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.layers[int(inputs[0, 0] > 0)](inputs)
+        hidden = self.layers[0](inputs)
+        return self.layers[1](torch.cat([inputs[:, :1], hidden[:, 1:]], dim=1))
 
 
 def routed_batches() -> list[dict[str, Tensor]]:
-    inputs_BTI = torch.randn(4, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    inputs_BTI[:2, 0, 0], inputs_BTI[2:, 0, 0] = -1, 1
-    return [{"inputs": inputs_TI} for inputs_TI in inputs_BTI]
+    """Return two batches for the first expert, then two for the second."""
+    inputs = torch.randn(4, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs[:2, 0, 0], inputs[2:, 0, 0] = -1, 1
+    return [{"inputs": input_TI} for input_TI in inputs]
 
 
 def prune_routed_once(first: int, last: int, source: dict[str, Any]) -> dict[str, Tensor]:
     conductor = Recipe.load(source).sparsifier()
-    model = Routed()
+    model = RoutedStack()
     conductor.prune_once(model, routed_batches()[first:last], progress=False)
     return dict(conductor.masks)
 

@@ -127,6 +127,12 @@ def test_hash_tells_masks_of_equal_counts_apart() -> None:
     assert len(hashes) == 6
 
 
+def test_hash_tells_a_mask_and_its_opposite_apart() -> None:
+    for numel in (64, 128):
+        mask = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < 0.5
+        assert int(masks.content_hash(mask)) != int(masks.content_hash(~mask))
+
+
 def test_digest_is_sha256_of_names_and_bytes() -> None:
     bits = torch.tensor([1, 255], dtype=torch.uint8)
     assert masks.digest([("w", bits)]) == hashlib.sha256(b"w\x01\xff").hexdigest()

@@ -109,14 +109,16 @@ def test_padding_has_no_gradient() -> None:
     assert all(torch.equal(found_masks[name], expected_masks[name]) for name in found_masks)
 
 
-def test_batches_of_different_padding_are_told_apart() -> None:
+@pytest.mark.parametrize("include", [(), ("*_proj.weight", "lm_head.weight")])
+def test_batches_of_different_padding_are_told_apart(include: tuple[str, ...]) -> None:
     ids = token_windows(4, 8)
     mask = torch.ones_like(ids)
     mask[0, 2:] = 0
     unpadded = [{"input_ids": ids[:1, :2]}, {"input_ids": ids[1:]}]
-    padded = [{"input_ids": ids[:1], "attention_mask": mask[:1]}, {"input_ids": ids[1:]}]
-    expected = prune(tiny_llama(), unpadded, scorer=Wanda()).masks
-    found = prune(tiny_llama(), padded, scorer=Wanda()).masks
+    padded = [{"input_ids": ids[:1], "attention_mask": mask[:1]}, {"input_ids": ids[1:], "attention_mask": mask[1:]}]
+    parts: dict[str, Any] = {"scorer": Wanda(), "targets": Targets(include=include)}
+    expected = prune(tiny_llama(tied=False), unpadded, **parts).masks
+    found = prune(tiny_llama(tied=False), padded, **parts).masks
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
@@ -150,11 +152,15 @@ def test_budgets_come_from_the_dense_model_and_masks_from_the_pruned_one() -> No
         rows, cols = target.shape
         pruned_per_row = int((1 - densities[int(target.name.split(".")[2])]) * cols + 1e-6)
         assert target.num_zeros == rows * pruned_per_row
-    first = best_of_rows(
-        dense.model.layers[0].self_attn.q_proj.weight.detach().abs() * norms["model.layers.0.self_attn.q_proj.weight"],
-        32 - int((1 - densities[0]) * 32 + 1e-6),
-    )
-    assert torch.equal(conductor.masks["model.layers.0.self_attn.q_proj.weight"], first)
+    for index in range(2):
+        names = [name for name in conductor.masks if f"layers.{index}." in name]
+        norms = input_norms(dense, names, batches)  # block by block from here on
+        for name in names:
+            weight = dense.get_parameter(name)
+            num_keep = weight.shape[1] - int((1 - densities[index]) * weight.shape[1] + 1e-6)
+            mask = best_of_rows(weight.detach().abs() * norms[name], num_keep)
+            assert torch.equal(conductor.masks[name], mask), name
+            weight.data[~mask] = 0
 
 
 def test_gradients_are_those_of_the_loss() -> None:

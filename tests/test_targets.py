@@ -95,6 +95,22 @@ def test_a_model_without_blocks_offers_all_linear_layers_and_convolutions() -> N
     assert names(nn.Sequential(nn.Linear(3, 2))) == ["0.weight"]
 
 
+def test_routers_of_experts_are_left_alone() -> None:
+    def block() -> nn.Module:
+        parts = {name: nn.Linear(4, 4) for name in ("gate", "router", "up")}
+        return nn.ModuleDict(parts | {"moe": nn.ModuleDict({"gate": nn.ModuleDict({"wg": nn.Linear(4, 4)})})})
+
+    model = nn.ModuleList([nn.ModuleList([block(), block()])])
+    assert names(model) == ["0.0.up.weight", "0.1.up.weight"]
+    assert names(model, include=("*router*",)) == ["0.0.router.weight", "0.1.router.weight"]
+
+
+def test_a_head_beside_a_single_block_is_left_alone() -> None:
+    model = tiny_llama(layers=1, tied=False)
+    assert find_blocks(model) == []
+    assert names(model) == [f"model.layers.0.{name}" for name in LLAMA_BLOCK]
+
+
 def test_include_chooses_exactly_what_it_matches() -> None:
     model = tiny_llama()
     assert names(model, include=("*.1.mlp.up_proj.weight",)) == ["model.layers.1.mlp.up_proj.weight"]

@@ -116,11 +116,25 @@ def test_only_matrices_decay() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
 
 
-@pytest.mark.parametrize("stop", [3, 7])
-def test_a_resumed_training_equals_an_uninterrupted_one(data: TextData, tmp_path: Path, stop: int) -> None:
+def test_muon_steps_the_linear_layers_and_adamw_the_rest() -> None:
+    module = CausalLM(size=SIZE, weight_decay=0.3, optimizer="muon")
+    module.trainer = _trainer(5)
+    muon, adamw = module.configure_optimizers()["optimizer"].param_groups
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [names[id(parameter)].split(".")[-2] for parameter in muon["params"]] == linear
+    rest = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
+    assert [names[id(parameter)].split(".")[-2] for parameter in adamw["params"]] == rest
+    assert (muon["weight_decay"], adamw["weight_decay"]) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize(("stop", "optimizer"), [(3, "adamw"), (7, "adamw"), (7, "muon")])
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    data: TextData, tmp_path: Path, stop: int, optimizer: Any
+) -> None:
     def new() -> CausalLM:
         seed_everything(0, verbose=False)
-        return CausalLM(size=SIZE, warmup_steps=2)
+        return CausalLM(size=SIZE, warmup_steps=2, optimizer=optimizer)
 
     seen: list[torch.Tensor] = []
 
