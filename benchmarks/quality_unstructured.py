@@ -208,6 +208,26 @@ def run(name: str, *, num_steps: int, size: int, seed: int) -> list[dict[str, ob
 WAYS = ("oneshot", "oneshot_then_training", "gradual_training")
 
 
+def write(name: str, rows: Sequence[Mapping[str, object]], args: argparse.Namespace) -> None:
+    """Write one result file per model."""
+    write_result(
+        f"quality_unstructured_{name}",
+        seed=args.seed,
+        settings={
+            "measure": "perplexity, first 100,000 characters of tinystories_v1_valid.txt, windows of 256 tokens",
+            "calibration": f"{NUM_CALIBRATION} sequences of {WINDOW} tokens of tinystories_v1_train.txt",
+            "training_steps": args.steps,
+            "batch": f"{args.size} sequences of {WINDOW} tokens",
+            "optimizer": "AdamW, no weight decay, gradient norm clipped at 1, cosine to a tenth",
+            "learning_rate": LEARNING_RATE[name],
+            "gradual": f"cubic ramp from step 1 to three quarters, masks changing every {max(1, args.steps // 30)} steps",
+            "targets": "linear layers inside the blocks",
+            "reference_dense_perplexity": REFERENCE[name],
+        },
+        rows=rows,
+    )
+
+
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -216,29 +236,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4, help="sequences in a batch")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = []
     for name in args.models:
-        rows += run(name, num_steps=args.steps, size=args.size, seed=args.seed)
-    print_table(
-        ("model", "method", "one-shot", "then training", "gradual training"),
-        [[row["model"], row["method"], *(f"{row[way]:.2f}" if way in row else "" for way in WAYS)] for row in rows],
-    )
-    write_result(
-        "quality_unstructured",
-        seed=args.seed,
-        settings={
-            "measure": "perplexity, first 100,000 characters of tinystories_v1_valid.txt, windows of 256 tokens",
-            "calibration": f"{NUM_CALIBRATION} sequences of {WINDOW} tokens of tinystories_v1_train.txt",
-            "training_steps": args.steps,
-            "batch": f"{args.size} sequences of {WINDOW} tokens",
-            "optimizer": "AdamW, no weight decay, gradient norm clipped at 1, cosine to a tenth",
-            "learning_rate": {name: LEARNING_RATE[name] for name in args.models},
-            "gradual": "cubic ramp from step 1 to three quarters, 30 steps apart at most",
-            "targets": "linear layers inside the blocks",
-            "reference_dense_perplexity": {name: REFERENCE[name] for name in args.models},
-        },
-        rows=rows,
-    )
+        rows = run(name, num_steps=args.steps, size=args.size, seed=args.seed)
+        print_table(
+            (name, "one-shot", "then training", "gradual training"),
+            [[row["method"], *(f"{row[way]:.2f}" if way in row else "" for way in WAYS)] for row in rows],
+        )
+        write(name, rows, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make lm-eval tasks from held-out text: choose the true next line, and compress whole texts.
+"""Make lm-eval tasks from held-out text: recognize the true next line, and compress whole texts.
 
 The tasks are plain task files with their data beside them, so any later evaluation can name the folder as
 `include_path`.
@@ -19,15 +19,16 @@ NEXT_LINE = "next_line"
 WHOLE_TEXT = "whole_text"
 NUM_CHOICES = 4
 
-_CONTEXT = 320  # characters shown before the question
-_LINE = (12, 72)  # characters of a line that can be an answer
+_CONTEXT = 240  # characters shown before the question
+_LINE = (12, 160)  # characters of a line that can be asked for
+_NUM_WORDS = 4  # of a line at least, so that three pairs of neighbours can be exchanged
+_EVERY = 4  # one question for so many usable lines
 
 
 def next_line_questions(documents: Sequence[Document], *, limit: int, seed: int = 0) -> list[dict[str, object]]:
-    """Ask which line comes next: the true one or three others of the same document.
+    """Ask which line comes next: the true one, or one of three copies with two neighbouring words exchanged.
 
-    The wrong lines are those nearest in length to the true one, from outside the shown context, so length gives
-    nothing away.
+    All choices have the same words and the same length, so neither gives the answer away.
 
     Args:
         documents: held-out texts.
@@ -46,19 +47,29 @@ def next_line_questions(documents: Sequence[Document], *, limit: int, seed: int 
 def _ask(document: Document, rng: random.Random) -> Iterator[dict[str, object]]:
     lines = document.text.splitlines(keepends=True)
     usable = [number for number, line in enumerate(lines) if _LINE[0] <= len(line.strip()) <= _LINE[1]]
-    for number in usable[8::8]:
-        first, size = number, 0
-        while first > 0 and size < _CONTEXT:
-            first -= 1
-            size += len(lines[first])
-        true = lines[number].rstrip("\n")
-        shown = {line.strip() for line in lines[first : number + 1]}
-        others = {lines[other].rstrip("\n") for other in usable if lines[other].strip() not in shown}
-        nearest = sorted(others, key=lambda line: (abs(len(line) - len(true)), line))[: NUM_CHOICES - 1]
-        if len(nearest) == NUM_CHOICES - 1:
-            choices = [true, *nearest]
-            rng.shuffle(choices)
-            yield {"context": "".join(lines[first:number]), "choices": choices, "answer": choices.index(true)}
+    for number in usable[_EVERY::_EVERY]:
+        true = lines[number].rstrip()
+        wrong = _exchanged(true)
+        if len(wrong) < NUM_CHOICES - 1:
+            continue
+        choices = [true, *rng.sample(wrong, NUM_CHOICES - 1)]
+        rng.shuffle(choices)
+        context = "".join(lines[max(0, number - _CONTEXT) : number])[-_CONTEXT:]
+        context = context[context.find("\n") + 1 :] or lines[number - 1]
+        yield {"context": context, "choices": choices, "answer": choices.index(true)}
+
+
+def _exchanged(line: str) -> list[str]:
+    """Return the lines that differ by one exchange of neighbouring words; none if one space is not all between them."""
+    words = line.split()
+    indent = line[: len(line) - len(line.lstrip())]
+    if len(words) < _NUM_WORDS or indent + " ".join(words) != line:
+        return []
+    exchanged = []
+    for first in range(len(words) - 1):
+        order = [*words[:first], words[first + 1], words[first], *words[first + 2 :]]
+        exchanged.append(indent + " ".join(order))
+    return sorted(set(exchanged) - {line})
 
 
 def _whole_texts(documents: Sequence[Document], *, max_characters: int) -> Iterator[dict[str, object]]:
@@ -89,7 +100,7 @@ def write_tasks(
     if not questions:
         raise ValueError(
             f"no next-line question can be made from {len(documents)} held-out documents; give text with lines of "
-            f"{_LINE[0]} to {_LINE[1]} characters"
+            f"{_LINE[0]} to {_LINE[1]} characters and {_NUM_WORDS} words"
         )
     folder.mkdir(parents=True)
     _write_task(folder, NEXT_LINE, questions, _multiple_choice())

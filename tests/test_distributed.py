@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "global_rank": {"allocation": {"class_path": "GlobalRank", "init_args": {"min_density": 0.3}}},
     "erdos_renyi": {"allocation": "ErdosRenyi"},
 }
+SLOW = {"block_row", "erdos_renyi", "flat_block", "movement"}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_two_processes_hold_the_masks_of_one(ranks: Processes, case: str, way: Way) -> None:
     source = recipe(**CASES[case])
     one = train_through(source, "one")

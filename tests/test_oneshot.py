@@ -122,6 +122,33 @@ def test_batches_of_different_padding_are_told_apart(include: tuple[str, ...]) -
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+class Padded(nn.Module):
+    """A layer before the blocks and one after; does nothing with its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.before(inputs)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.after(hidden)
+
+
+def test_layers_around_the_blocks_see_no_padding_either() -> None:
+    inputs = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)) ** 3
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    padded = [{"inputs": inputs[:1], "attention_mask": mask[:1]}, {"inputs": inputs[1:], "attention_mask": mask[1:]}]
+    unpadded = [{"inputs": inputs[:1, :2]}, {"inputs": inputs[1:]}]
+    parts: dict[str, Any] = {"scorer": Wanda(), "targets": Targets(include=("*.weight",))}
+    expected, found = prune(Padded(), unpadded, **parts).masks, prune(Padded(), padded, **parts).masks
+    assert len(found) == 4
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
 def test_a_global_ranking_sees_the_inputs_of_the_dense_model() -> None:
     model, batches = tiny_llama().eval(), token_batches()
     dense = tiny_llama().eval()

@@ -9,28 +9,43 @@ import yaml
 from lightning_prune.integrations.next_line_tasks import next_line_questions, write_tasks
 from lightning_prune.integrations.text_documents import Document
 
-LINES = [f"    value_{number} = compute(value_{number - 1}, {'x' * (number % 7)})\n" for number in range(100, 420)]
+LINES = [
+    f"    value_{number} = compute(value_{number - 1}, {'x' * (number % 7)}) + {number}\n" for number in range(100, 420)
+]
 DOCUMENTS = [Document("one.py", "".join(LINES[:160])), Document("two.py", "".join(LINES[160:]))]
 
 
 def test_the_answer_is_the_next_line_of_the_document() -> None:
     questions = next_line_questions(DOCUMENTS, limit=1000)
-    assert len(questions) >= 10
+    assert len(questions) == 160 // 4 - 1 + 160 // 4 - 1
     for question in questions:
         context, choices, answer = question["context"], question["choices"], question["answer"]
-        texts = [document.text for document in DOCUMENTS if f"{context}{choices[answer]}\n" in document.text]
-        assert len(texts) == 1
-        for place, choice in enumerate(choices):
-            assert (f"{context}{choice}\n" in texts[0]) == (place == answer)
-            assert f"{choice}\n" in texts[0]
-            assert place == answer or choice not in context
-        assert len(set(choices)) == 4
+        places = [f"{context}{choice}\n" in document.text for choice in choices for document in DOCUMENTS]
+        assert sum(places) == 1
+        assert any(places[2 * answer : 2 * answer + 2])
+        assert len(context) <= 240
+        assert context.startswith("    value_")
 
 
-def test_the_wrong_lines_are_as_long_as_the_right_one() -> None:
+def test_the_wrong_lines_differ_by_one_exchange() -> None:
     for question in next_line_questions(DOCUMENTS, limit=1000):
-        lengths = [len(choice) for choice in question["choices"]]
-        assert max(lengths) - min(lengths) <= 1
+        true = question["choices"][question["answer"]].split()
+        assert len(set(question["choices"])) == 4
+        for choice in question["choices"]:
+            assert choice.startswith("    ")
+            words = choice.split()
+            differing = [place for place in range(len(true)) if words[place] != true[place]]
+            if words != true:
+                first, second = differing
+                assert second == first + 1
+                assert (words[first], words[second]) == (true[second], true[first])
+
+
+def test_lines_that_give_no_three_exchanges_are_left_out() -> None:
+    text = "".join(
+        f"three words {number}\n" + "same same same same\n" + "two  spaces in a row\n" for number in range(50)
+    )
+    assert next_line_questions([Document("one", text)], limit=1000) == []
 
 
 def test_right_answers_stand_in_every_place() -> None:

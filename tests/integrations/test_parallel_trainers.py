@@ -1,17 +1,23 @@
 """Both trainers in two processes, with whole and with sharded weights: resume equals no pause, and all ranks agree."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from lightning_prune import distributed
 from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
@@ -33,7 +39,7 @@ def ranks() -> Iterator[Processes]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank holds at the end of training: whole weights, its rows of the masks, and what it said."""
+    """What a rank holds at the end of training: whole weights, its rows of the masks by clean name, what it said."""
 
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
@@ -47,7 +53,8 @@ def outcome(model: nn.Module, conductor: Sparsifier) -> Outcome:
     is_sharded = any(distributed.is_sharded(parameter) for parameter in model.parameters())
     weights = {name: value.clone() for name, value in distributed.whole_state_dict(model).items()}
     report = conductor.report()
-    return Outcome(weights, dict(conductor.masks), is_sharded, conductor.step, report.sparsity, list(report.notes))
+    masks = {name[name.index("layers.") :]: mask for name, mask in conductor.masks.items()}
+    return Outcome(weights, masks, is_sharded, conductor.step, report.sparsity, list(report.notes))
 
 
 class ShardedModule(TinyModule):
@@ -61,10 +68,10 @@ class ShardedModule(TinyModule):
 
 
 def own_loader() -> ResumableLoader:
-    """Return this process's batches."""
+    """Return this process's batches, every other one as a Transformers Trainer deals them out."""
     loader = ResumableLoader()
-    own = token_windows(BATCH * NUM_STEPS * 2).chunk(2)[dist.get_rank()]
-    loader.loader = torch.utils.data.DataLoader(TokenDataset(own), batch_size=BATCH)
+    own = torch.cat(token_windows(BATCH * NUM_STEPS).split(BATCH)[dist.get_rank() :: 2])
+    loader.loader = DataLoader(TokenDataset(own), batch_size=BATCH)
     return loader
 
 
@@ -87,14 +94,32 @@ def run_lightning(way: Way, source: dict[str, Any], folder: Path, resume: str | 
     return outcome(module.model, callback.run.sparsifier)
 
 
+@contextmanager
+def accelerate_shards_on_cpu() -> Iterator[None]:
+    """Let accelerate use FSDP2 between CPU processes; it does so itself for accelerators alone."""
+    start = AcceleratorState.__init__
+
+    def start_sharded(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            state.fsdp_plugin, state.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with mock.patch.object(AcceleratorState, "__init__", start_sharded):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def run_transformers(way: Way, source: dict[str, Any], folder: Path, resume: str | None) -> Outcome:
     callback = TransformersCallback(source)
     model = tiny_llama(seed=0 if resume is None else 99)
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 4}
     if way == "fsdp":
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    trainer = hf_trainer(model, folder, [callback], **options)
-    trainer.train(resume_from_checkpoint=resume)
+    with accelerate_shards_on_cpu() if way == "fsdp" else nullcontext():
+        trainer = hf_trainer(model, folder, [callback], **options)
+        trainer.train(resume_from_checkpoint=resume)
     return outcome(trainer.model, callback.run.sparsifier)
 
 
@@ -104,18 +129,32 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not differing, f"tensors differ: {differing}"
 
 
-@pytest.mark.parametrize("scorer", ["Magnitude", "Wanda", "Taylor"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("trainer", [run_lightning, run_transformers])
-def test_resume_equals_no_pause(ranks: Processes, tmp_path: Path, trainer: Any, way: Way, scorer: str) -> None:
-    source = recipe(scorer=scorer, guard={"metric": "val_loss", "max": 100.0})
-    whole = ranks.run(trainer, way, source, tmp_path / "whole", None)
-    name = "step=5.ckpt" if trainer is run_lightning else "checkpoint-5"
-    again = ranks.run(trainer, way, source, tmp_path / "again", str(tmp_path / "whole" / name))
-    assert_same(whole[0].weights, whole[1].weights)
-    for rank in range(2):
-        assert whole[rank].is_sharded == (way == "fsdp")
-        assert whole[rank].step == again[rank].step == NUM_STEPS
-        assert whole[rank].sparsity == again[rank].sparsity == 0.5
-        assert_same(whole[rank].weights, again[rank].weights)
-        assert_same(whole[rank].masks, again[rank].masks)
+@pytest.mark.parametrize(
+    "scorer",
+    ["Wanda", pytest.param("Magnitude", marks=pytest.mark.slow), pytest.param("Taylor", marks=pytest.mark.slow)],
+)
+def test_trainers_agree_and_resume_equals_no_pause(ranks: Processes, tmp_path: Path, way: Way, scorer: str) -> None:
+    wholes = []
+    for run, metric, name in (
+        (run_lightning, "val_loss", "step=5.ckpt"),
+        (run_transformers, "eval_loss", "checkpoint-5"),
+    ):
+        folder = tmp_path / run.__name__
+        source = recipe(scorer=scorer, guard={"metric": metric, "max": 100.0})
+        export = {"export": {"format": "huggingface", "dir": str(folder / "export")}}
+        whole = ranks.run(run, way, source | export, folder / "whole", None)
+        assert_same(whole[0].weights, AutoModelForCausalLM.from_pretrained(folder / "export").state_dict())
+        again = ranks.run(run, way, source, folder / "again", str(folder / "whole" / name))
+        assert_same(whole[0].weights, whole[1].weights)
+        for one, other in zip(whole, again, strict=True):
+            assert one.is_sharded == (way == "fsdp")
+            assert one.step == other.step == NUM_STEPS
+            assert one.sparsity == other.sparsity == 0.5
+            assert one.notes == other.notes == []
+            assert_same(one.weights, other.weights)
+            assert_same(one.masks, other.masks)
+        wholes.append(whole)
+    for lightning, transformers in zip(*wholes, strict=True):
+        assert_same(lightning.weights, transformers.weights)
+        assert_same(lightning.masks, transformers.masks)
