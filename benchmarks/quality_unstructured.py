@@ -220,7 +220,7 @@ def write(name: str, rows: Sequence[Mapping[str, object]], args: argparse.Namesp
             "batch": f"{args.size} sequences of {WINDOW} tokens",
             "optimizer": "AdamW, no weight decay, gradient norm clipped at 1, cosine to a tenth",
             "learning_rate": LEARNING_RATE[name],
-            "gradual": f"cubic ramp from step 1 to three quarters, masks changing every {max(1, args.steps // 30)} steps",
+            "gradual": f"cubic ramp from step 1 to three quarters, a change every {max(1, args.steps // 30)} steps",
             "targets": "linear layers inside the blocks",
             "reference_dense_perplexity": REFERENCE[name],
         },

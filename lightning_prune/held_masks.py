@@ -59,8 +59,8 @@ class HeldMasks:
         if unowned and not self._owned[id(clock)]:
             raise ValueError(
                 f"the optimizers step none of the targets, not even {unowned[0].name}: they hold other tensors, "
-                "such as flat copies (DeepSpeed) or weights from before sharding; make them from this model's parameters "
-                "and train with DDP or FSDP2"
+                "such as flat copies (DeepSpeed) or weights from before sharding; make them from this "
+                "model's parameters and train with DDP or FSDP2"
             )
         self._owned[id(clock)] += unowned
         return clock

@@ -126,8 +126,9 @@ def _tokens(inputs: object, attention_mask: Tensor | None) -> Tensor:
 
 
 def _called_with_attention_mask(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules whose forward takes an attention mask."""
-    if "attention_mask" in inspect.signature(model.forward).parameters:
+    """Return the outermost modules whose forward takes one attention mask: of an encoder-decoder, its two sides."""
+    parameters = inspect.signature(model.forward).parameters
+    if "attention_mask" in parameters and "decoder_attention_mask" not in parameters:
         return [model]
     return [found for child in model.children() for found in _called_with_attention_mask(child)]
 

@@ -6,8 +6,7 @@ counts the bit patterns of the scores, so that it sorts nothing and shards excha
 Shapes: R x C units.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ __all__ = [
     "Cut",
     "check_scores",
     "content_hash",
-    "digest",
     "find_cut",
     "keep_above",
     "keep_rows",
@@ -206,12 +204,3 @@ def content_hash(mask: Tensor) -> Tensor:
     for _ in range(2):  # shifted right without its sign, or a word and its complement would look alike
         mixed = (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * 0x3F58476D1CE4E5B9
     return (mixed ^ ((mixed >> 32) & 0xFFFFFFFF)).sum()
-
-
-def digest(packed: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of named packed masks."""
-    sha = hashlib.sha256()
-    for name, bits in packed:
-        sha.update(name.encode())
-        sha.update(bits.cpu().numpy().tobytes())
-    return sha.hexdigest()

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,6 +189,17 @@ def _label_cells(axes: "Axes", grid: Grid, low: float, high: float, theme: Theme
                 axes.text(column_idx, row_idx, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=color)
 
 
+def _draw_bar(figure: "Figure", image: Any, axes: "Axes", shrink: float, step: float, theme: Theme) -> None:
+    """Draw the scale of colours beside the heat map."""
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
+
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, shrink=min(1.0, shrink), aspect=25, anchor=(0, 1))
+    bar.ax.yaxis.set_major_locator(MultipleLocator(step))
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0)
+    bar.outline.set_visible(False)
+
+
 def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
     """Draw the sparsity of every layer and kind of target.
 
@@ -205,7 +216,6 @@ def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
     check_requirements()
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MultipleLocator, PercentFormatter
 
     low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values)) / 10
     if high - low < 0.2:
@@ -233,10 +243,5 @@ def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
     axes.set_ylabel("layer", fontsize=9, color=theme.muted)
     if len(values) <= _MAX_LABELLED_CELLS and len(grid.rows) <= 48:
         _label_cells(axes, grid, low, high, theme)
-    shrink = min(1.0, 4.0 / height)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, shrink=shrink, aspect=25, anchor=(0, 1))
-    bar.ax.yaxis.set_major_locator(MultipleLocator(0.05 if high - low < 0.45 else 0.2))
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0)
-    bar.outline.set_visible(False)
+    _draw_bar(figure, image, axes, 4.0 / height, 0.05 if high - low < 0.45 else 0.2, theme)
     return _png(figure, theme)

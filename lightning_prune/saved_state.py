@@ -1,7 +1,11 @@
 """The conductor's state as plain dicts, tensors, numbers and strings, and the checks when it comes back."""
 
 import dataclasses
+import hashlib
+import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ __all__ = [
     "check_same",
     "check_version",
     "describe",
+    "digest",
     "gather_statistics",
     "load_file",
     "only_numbers",
@@ -33,6 +38,26 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+# What torch raises when a file is not what it was.
+_DAMAGES = (
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+_KEYS = {"step", "sparsity", "plan", "settings", "shapes", "masks", "digest", "statistics", "guard"} | {
+    "history",
+    "notes",
+    "num_updates",
+    "is_once",
+}
 Statistics = Mapping[str, Mapping[str, "Statistic"]]
 
 
@@ -58,7 +83,7 @@ def check_version(state: Mapping[str, Any]) -> None:
             f"saved pruning state has format version {version}, this release reads {FORMAT_VERSION}; "
             "resume with the release that wrote it"
         )
-    missing = {"step", "settings", "plan", "shapes", "masks", "digest", "statistics", "guard"} - set(state)
+    missing = _KEYS - set(state)
     if missing:
         raise ValueError(f"saved pruning state lacks {sorted(missing)}; the file is damaged, use an earlier checkpoint")
 
@@ -110,14 +135,40 @@ def unpack_masks(packed: Mapping[str, Tensor], bindings: Sequence[Binding]) -> d
     return held
 
 
+def digest(value: Any) -> str:
+    """Return the SHA-256 of nested plain values and tensors, an entry called `digest` left out."""
+    sha = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, Mapping):
+            for key in sorted(part, key=str):
+                if key != "digest":
+                    sha.update(f"{key}:".encode())
+                    add(part[key])
+        elif isinstance(part, list | tuple):
+            sha.update(f"[{len(part)}".encode())
+            for entry in part:
+                add(entry)
+        else:
+            sha.update(f"{type(part).__name__}{part!r};".encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
 def check_digest(state: Mapping[str, Any]) -> None:
-    """Refuse masks that are not those that were saved.
+    """Refuse a state that is not the one that was saved.
 
     Raises:
         ValueError: if the digest differs.
     """
-    if masks.digest(sorted(state["masks"].items())) != state["digest"]:
-        raise ValueError("saved masks do not match their digest; the file was changed or damaged, use an earlier one")
+    if digest(state) != state["digest"]:
+        raise ValueError(
+            "the saved state does not match its digest; the file was changed or damaged, use an earlier one"
+        )
 
 
 def gather_statistics(statistics: Statistics, bindings: Sequence[Binding]) -> dict[str, dict[str, dict[str, Tensor]]]:
@@ -181,17 +232,17 @@ def load_file(path: str) -> dict[str, Any]:
     Raises:
         ValueError: if the file is truncated, damaged or holds anything else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"cannot read {path}: it is truncated, damaged or not ours ({type(error).__name__}); "
-            "use an earlier checkpoint"
-        ) from error
+    problem = "it is not a file of tensors"
+    content: Any = None
+    if zipfile.is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except _DAMAGES as error:
+            problem = type(error).__name__
+    elif not os.path.exists(path):
+        raise FileNotFoundError(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no pruning state; use an earlier checkpoint")
+        raise ValueError(f"cannot read {path}: it is truncated, damaged or not ours ({problem}); use an earlier one")
     return content
 
 

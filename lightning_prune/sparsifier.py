@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed, hooks, masks, saved_state
+from lightning_prune import distributed, hooks, saved_state
 from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.decision import Decision, check_combination
 from lightning_prune.granularity import Unstructured
@@ -342,17 +342,15 @@ class Sparsifier:
         if self._model is None and self._pending is not None:
             return dict(self._pending)
         bindings = self._held.bindings
-        packed = saved_state.pack_masks(self.masks, bindings)
         statistics = {} if self._observation is None else self._observation.statistics
-        return {
+        state = {
             "format_version": saved_state.FORMAT_VERSION,
             "step": self.step,
             "sparsity": self._sparsity,
             "plan": list(self._plan),
             "settings": self.settings(),
             "shapes": self._shapes(),
-            "masks": packed,
-            "digest": masks.digest(sorted(packed.items())),
+            "masks": saved_state.pack_masks(self.masks, bindings),
             "statistics": saved_state.gather_statistics(statistics, bindings),
             "guard": saved_state.pack_guard(self._memory, bindings),
             "history": [dict(entry) for entry in self.history],
@@ -360,6 +358,7 @@ class Sparsifier:
             "num_updates": self.num_updates,
             "is_once": self._is_once,
         }
+        return state | {"digest": saved_state.digest(state)}
 
     def _shapes(self) -> dict[str, list[int]]:
         return {binding.name: list(binding.parameter.shape) for binding in self._held.bindings}

@@ -118,6 +118,7 @@ def resume_from(path: str, source: dict[str, Any], way: Way) -> Outcome:
     training = Training(source, way)
     training.load(path)
     training.attach()
+    assert_same(training.conductor.state_dict(), torch.load(path, weights_only=True)["pruning"])
     training.train()
     return training.outcome()
 

@@ -1,7 +1,5 @@
 """Masks from scores: exact counts, ties to the lowest index, bits that come back, hashes that see every bit."""
 
-import hashlib
-
 import numpy as np
 import pytest
 import torch
@@ -131,12 +129,6 @@ def test_hash_tells_a_mask_and_its_opposite_apart() -> None:
     for numel in (64, 128):
         mask = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < 0.5
         assert int(masks.content_hash(mask)) != int(masks.content_hash(~mask))
-
-
-def test_digest_is_sha256_of_names_and_bytes() -> None:
-    bits = torch.tensor([1, 255], dtype=torch.uint8)
-    assert masks.digest([("w", bits)]) == hashlib.sha256(b"w\x01\xff").hexdigest()
-    assert masks.digest([("v", bits)]) != masks.digest([("w", bits)])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -163,7 +163,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, kind: str) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list\.pt holds no pruning state; use an earlier checkpoint"):
+    with pytest.raises(ValueError, match=r"cannot read .*list\.pt: .*\(it is not a file of tensors\)"):
         saved_state.load_file(str(tmp_path / "list.pt"))
     with pytest.raises(FileNotFoundError):
         saved_state.load_file(str(tmp_path / "absent.pt"))
@@ -239,3 +239,18 @@ def test_only_single_numbers_are_metrics() -> None:
         "none": None,
     }
     assert saved_state.only_numbers(metrics) == {"loss": 1.5, "step": 3.0, "tensor": 2.5, "one": 4.0}
+
+
+def test_the_digest_covers_every_value_of_a_state() -> None:
+    state = {"step": 3, "notes": ["a"], "masks": {"w": torch.tensor([1, 255], dtype=torch.uint8)}, "guard": None}
+    first = saved_state.digest(state)
+    assert saved_state.digest(dict(reversed(state.items())) | {"digest": "anything"}) == first
+    for other in (
+        state | {"step": 4},
+        state | {"notes": ["b"]},
+        state | {"guard": 0},
+        state | {"masks": {"w": torch.tensor([1, 254], dtype=torch.uint8)}},
+        state | {"masks": {"v": torch.tensor([1, 255], dtype=torch.uint8)}},
+        state | {"masks": {"w": torch.tensor([1, 255], dtype=torch.int16)}},
+    ):
+        assert saved_state.digest(other) != first

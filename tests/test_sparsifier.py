@@ -380,7 +380,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         sparsifier().load_state_dict({key: value for key, value in state.items() if key != "digest"})
     flipped = {name: bits.clone() for name, bits in state["masks"].items()}
     next(iter(flipped.values()))[0] ^= 1
-    with pytest.raises(ValueError, match="do not match their digest"):
+    with pytest.raises(ValueError, match="does not match its digest"):
         sparsifier().load_state_dict(state | {"masks": flipped})
     other = sparsifier()
     other.load_state_dict(state)

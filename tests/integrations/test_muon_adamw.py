@@ -31,9 +31,7 @@ def test_steps_equal_those_of_torch() -> None:
     ours, theirs = _pair()
     mine = MuonAdamW([ours[0].weight], [ours[0].bias, *ours[1].parameters()], lr=0.02, weight_decay=0.1)
     muon = torch.optim.Muon([theirs[0].weight], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(
-        [theirs[0].bias, *theirs[1].parameters()], lr=0.02, weight_decay=0.0, betas=(0.9, 0.95)
-    )
+    adamw = torch.optim.AdamW([theirs[0].bias, *theirs[1].parameters()], lr=0.02, weight_decay=0.0, betas=(0.9, 0.95))
     before = ours[0].weight.detach().clone()
     for number in range(6):
         inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(number))
