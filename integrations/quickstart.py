@@ -40,6 +40,7 @@ Scores = dict[str, dict[str, float]]
 _NUM_QUESTIONS = 400
 _WHOLE_TEXT_CHARACTERS = 60_000
 _CALIBRATION_BATCHES = 16
+_FINE_TUNING_RATE = 1e-4  # the recipe's own rate is for a model that starts from nothing
 
 
 def run_quickstart(
@@ -101,7 +102,12 @@ def _start_from(model: str | None) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot open the model {model!r}: {str(error).strip().partition(chr(10))[0]}") from error
     value = json.dumps(source)
-    return [f"model.init_args.model={value}", f"data.init_args.tokenizer={value}"]
+    return [
+        f"model.init_args.model={value}",
+        f"data.init_args.tokenizer={value}",
+        "model.init_args.optimizer=adamw",
+        f"model.init_args.learning_rate={_FINE_TUNING_RATE}",
+    ]
 
 
 def _check(recipe: Recipe) -> Evaluate:

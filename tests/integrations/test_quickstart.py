@@ -28,7 +28,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["width", "height", "depth", "colour", "number", "letter", "weight", "speed"]
     for number in range(8):
         lines = [
-            f"def {a}_{number}_{b}({a}, {b}):\n    return {a} * {b} + {number}\n\n"
+            f"def {a}_{number}_{b}({a}, {b}):\n    result = {a} * {b} + {number}\n    return result\n\n"
             for a in words
             for b in words
             if a != b
