@@ -31,14 +31,14 @@ MUTATIONS = (
     Mutation(
         "gradients of pruned weights are zeroed before clipping",
         f"{CORE}/hooks.py",
-        "distributed.local(param.grad).mul_(mask)",
+        "distributed.local(param.grad).mul_(mask.view(torch.uint8))",
         "pass",
         f"{SPARSIFIER} -k gradients_of_pruned",
     ),
     Mutation(
         "zeros survive optimizers that write them",
         f"{CORE}/held_masks.py",
-        ".mul_(self.masks[binding.name]).add_(0.0)",
+        ".mul_(self.masks[binding.name].view(torch.uint8)).add_(0.0)",
         "",
         f"{SPARSIFIER} -k survive",
     ),

@@ -52,7 +52,7 @@ def mask_gradient(parameter: Tensor, masks: Mapping[str, Tensor], name: str) -> 
     def hook(param: Tensor) -> None:
         mask = masks.get(name)
         if mask is not None and param.grad is not None:
-            distributed.local(param.grad).mul_(mask)
+            distributed.local(param.grad).mul_(mask.view(torch.uint8))
 
     return parameter.register_post_accumulate_grad_hook(hook)
 

@@ -177,7 +177,7 @@ def test_one_flipped_bit_of_a_mask_is_refused() -> None:
             bits[byte] ^= 1
             changed = state | {"masks": state["masks"] | {name: bits}}
             with pytest.raises(
-                ValueError, match="saved masks do not match their digest; the file was changed or damaged"
+                ValueError, match="the saved state does not match its digest; the file was changed or damaged"
             ):
                 fresh().load_state_dict(changed)
     masks = dict(state["masks"])

@@ -22,7 +22,9 @@ class GradMagnitude(Statistic):
     def __init__(self, weight: Tensor, num_inputs: int, beta: float) -> None:
         super().__init__(sync_on_compute=False)
         self.beta = beta
-        self.add_state("average", torch.zeros(weight.shape, dtype=torch.float32), dist_reduce_fx=None)
+        zero = torch.zeros((), dtype=torch.float32)
+        self.add_state("average", zero.expand(weight.shape), dist_reduce_fx=None)  # the kept default takes one number
+        self.average = zero.expand(weight.shape).clone()
         self.add_state("num_steps", torch.zeros((), dtype=torch.int64), dist_reduce_fx=None)
         self.to(weight.device)
 
