@@ -182,7 +182,7 @@ def test_one_flipped_bit_of_a_mask_is_refused() -> None:
                 fresh().load_state_dict(changed)
     masks = dict(state["masks"])
     masks["0.weight"], masks["renamed"] = masks["2.weight"], masks.pop("0.weight")
-    with pytest.raises(ValueError, match="do not match their digest"):
+    with pytest.raises(ValueError, match="does not match its digest"):
         fresh().load_state_dict(state | {"masks": masks})
 
 
