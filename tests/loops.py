@@ -13,6 +13,7 @@ from tests.tiny_models import tiny_llama, token_windows
 
 NUM_STEPS = 12
 BATCH = 4
+SCORERS = ("Magnitude", "Wanda", "Taylor", "Gradient", "Movement", "Random")
 
 
 def recipe(sparsity: float = 0.5, **prune: Any) -> dict[str, Any]:

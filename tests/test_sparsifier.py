@@ -1,7 +1,6 @@
 """The conductor in a bare loop: zeros survive everything, the clock counts optimizer steps, resume is exact."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_prune.scorers.taylor import Taylor
 from lightning_prune.scorers.wanda import Wanda
 from tests.loops import (
     NUM_STEPS,
+    SCORERS,
     adamw,
     assert_same_masks,
     assert_same_weights,
@@ -303,39 +303,6 @@ def test_a_tied_weight_is_pruned_once_when_asked_for() -> None:
         Sparsifier(schedule=Once(sparsity=0.5), targets=both).prune_once(model)
 
 
-SCORERS = ("Magnitude", "Wanda", "Taylor", "Gradient", "Movement", "Random")
-
-
-@pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("stop", [1, 5, 8, 10])
-def test_resume_equals_no_pause(scorer: str, stop: int) -> None:
-    whole, conductor = train_pruned(recipe(scorer=scorer))
-    model = tiny_llama()
-    optimizer = adamw(model)
-    first = sparsifier(recipe(scorer=scorer))
-    first.attach(model, [optimizer], total_steps=NUM_STEPS)
-    train(model, optimizer, last=stop)
-    file = io.BytesIO()
-    torch.save({"m": model.state_dict(), "o": optimizer.state_dict(), "s": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    resumed = tiny_llama(seed=99)
-    resumed.load_state_dict(saved["m"])
-    optimizer = adamw(resumed)
-    optimizer.load_state_dict(saved["o"])
-    second = sparsifier(recipe(scorer=scorer))
-    second.load_state_dict(saved["s"])
-    second.attach(resumed, [optimizer], total_steps=NUM_STEPS)
-    assert second.step == stop
-    train(resumed, optimizer, first=stop)
-    second.detach()
-    assert_same_weights(whole, resumed)
-    assert_same_masks(conductor, second)
-    assert second.history == conductor.history
-    assert second.report() == conductor.report()
-
-
 @pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "Gradient"])
 def test_what_is_pruned_stays_pruned(scorer: str) -> None:
     model = tiny_llama()
@@ -351,59 +318,6 @@ def test_what_is_pruned_stays_pruned(scorer: str) -> None:
 
     train(model, optimizer, after_step=check)
     assert conductor.num_updates == 3
-
-
-def test_a_saved_mask_takes_one_bit_a_weight() -> None:
-    _, conductor = train_pruned()
-    packed = conductor.state_dict()["masks"]
-    num_weights = sum(target.num_weights for target in conductor.report().targets)
-    assert sum(bits.numel() * bits.element_size() for bits in packed.values()) * 8 == num_weights
-    assert sum(mask.numel() * mask.element_size() for mask in conductor.masks.values()) == num_weights
-
-
-def _state() -> dict[str, Any]:
-    model = tiny_llama()
-    optimizer = adamw(model)
-    conductor = sparsifier()
-    conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
-    train(model, optimizer, last=6)
-    return conductor.state_dict()
-
-
-def test_a_state_of_another_run_is_refused() -> None:
-    state = _state()
-    with pytest.raises(ValueError, match=r"another recipe: schedule was .*0\.5.* is now .*0\.6"):
-        sparsifier(recipe(sparsity=0.6)).load_state_dict(state)
-    with pytest.raises(ValueError, match="format version 99, this release reads 1"):
-        sparsifier().load_state_dict(state | {"format_version": 99})
-    with pytest.raises(ValueError, match=r"lacks \['digest'\]"):
-        sparsifier().load_state_dict({key: value for key, value in state.items() if key != "digest"})
-    flipped = {name: bits.clone() for name, bits in state["masks"].items()}
-    next(iter(flipped.values()))[0] ^= 1
-    with pytest.raises(ValueError, match="does not match its digest"):
-        sparsifier().load_state_dict(state | {"masks": flipped})
-    other = sparsifier()
-    other.load_state_dict(state)
-    model = tiny_llama(layers=3)
-    with pytest.raises(ValueError, match=r"another model: model\.layers\.2\.\S+ was None"):
-        other.attach(model, [adamw(model)], total_steps=NUM_STEPS)
-
-
-def test_a_changed_number_of_steps_is_refused_where_it_moves_the_schedule() -> None:
-    source = {"prune": {"schedule": {"class_path": "Cubic", "init_args": {"sparsity": 0.5, "end": 0.5}}}}
-    model = tiny_llama()
-    optimizer = adamw(model)
-    first = sparsifier(source)
-    first.attach(model, [optimizer], total_steps=12)
-    state = first.state_dict()
-    second = sparsifier(source)
-    second.load_state_dict(state)
-    with pytest.raises(ValueError, match="schedule ran over steps 0 to 6 every 1, now it would be 0 to 12"):
-        second.attach(model, [optimizer], total_steps=24)
-    fixed = sparsifier()
-    fixed.load_state_dict(_state())
-    fixed.attach(model, [optimizer], total_steps=24)  # steps were given as steps: more training is fine
-    assert fixed.step == 6
 
 
 def test_stopping_early_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
@@ -511,93 +425,3 @@ def test_attaching_leaves_no_hook_behind_after_detach() -> None:
     assert not optimizer._optimizer_step_post_hooks
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
-
-
-def guarded(action: str) -> dict[str, Any]:
-    return recipe(guard={"metric": "val", "max": 1.0, "action": action})
-
-
-def test_a_crossed_guard_holds_and_then_goes_on() -> None:
-    model = tiny_llama()
-    optimizer = adamw(model)
-    conductor = sparsifier(guarded("hold"))
-    conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
-    values = {4: 2.0, 10: 0.5}
-    seen = {}
-
-    def observe(step: int) -> None:
-        conductor.observe({"val": values[step]} if step in values else {})
-        seen[step] = conductor.report().sparsity
-
-    train(model, optimizer, after_step=observe)
-    conductor.detach()
-    assert seen[9] == seen[4] == pytest.approx(0.352, abs=1e-3), "held from step 4 on"
-    assert seen[11] == 0.5, "the missed change is made up for"
-    assert [note.split(":")[0] for note in conductor.report().notes] == ["step 4", "step 10"]
-
-
-def test_a_crossed_guard_goes_back_to_the_last_good_masks() -> None:
-    model = tiny_llama()
-    optimizer = adamw(model)
-    conductor = sparsifier(guarded("rollback"))
-    conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
-    name = "model.layers.0.mlp.up_proj.weight"
-    weight = model.model.layers[0].mlp.up_proj.weight
-    good: dict[str, Tensor] = {}
-
-    def observe(step: int) -> None:
-        if step == 4:
-            good["mask"], good["weight"] = conductor.masks[name].clone(), weight.detach().clone()
-            conductor.observe({"val": 0.5})
-        if step == 6:
-            now = conductor.masks[name].clone()
-            assert int(now.sum()) < int(good["mask"].sum())
-            trained = weight.detach().clone()
-            conductor.observe({"val": float("nan")})
-            assert torch.equal(conductor.masks[name], good["mask"])
-            returned = good["mask"] & ~now
-            assert torch.equal(weight.detach()[returned], good["weight"][returned])
-            assert torch.equal(weight.detach()[now], trained[now]), "kept weights stay as trained"
-
-    train(model, optimizer, after_step=observe)
-    conductor.detach()
-    assert conductor.report().sparsity == pytest.approx(0.352, abs=1e-3)
-    assert "goes back from sparsity 0.4815 to the masks of 0.3519" in conductor.report().notes[0]
-    assert "not the promised 0.5" in conductor.report().notes[1]
-
-
-def test_a_guarded_run_resumes_exactly() -> None:
-    values = {4: 0.5, 6: 2.0, 9: 0.4}
-
-    def run(stop: int | None) -> tuple[nn.Module, Sparsifier]:
-        model = tiny_llama()
-        optimizer = adamw(model)
-        conductor = sparsifier(guarded("rollback"))
-        conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
-
-        def observe(step: int) -> None:
-            conductor.observe({"val": values[step]} if step in values else {})
-
-        train(model, optimizer, last=stop or NUM_STEPS, after_step=observe)
-        if stop is not None:
-            state = conductor.state_dict()
-            conductor.detach()
-            conductor = sparsifier(guarded("rollback"))
-            conductor.load_state_dict(state)
-            conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
-            train(model, optimizer, first=stop, after_step=observe)
-        conductor.detach()
-        return model, conductor
-
-    model, conductor = run(None)
-    for stop in (5, 7):
-        resumed, second = run(stop)
-        assert_same_weights(model, resumed)
-        assert_same_masks(conductor, second)
-        assert conductor.report() == second.report()
-    assert conductor.report().sparsity == 0.5
-
-
-def test_a_guard_that_is_never_fed_is_said_aloud() -> None:
-    _, conductor = train_pruned(guarded("hold"))
-    assert conductor.report().notes == ("the guarded metric 'val' was never logged, so the guard had no effect",)
