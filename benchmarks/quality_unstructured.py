@@ -162,7 +162,8 @@ class Bench:
             ramp = Cubic(sparsity=method.sparsity, start=start, end=0.75, interval=max(1, len(self.batches) // 30))
             pruner = sparsifier(method, ramp, self.seed)
             train(model, self.batches, rate, pruner)
-            assert abs(pruner.report().sparsity - method.sparsity) < 2e-3, f"{method.name} {pruner.report().sparsity}"
+            reached = pruner.report().sparsity  # whole weights of a row: 44 of 64 are 68.75 %, not 70 %
+            assert abs(reached - method.sparsity) < 2e-2, f"{method.name} reached {reached}"
             found["gradual_training"] = round(perplexity(model, self.valid), 4)
         return found
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it returns, and what it says about wrong input."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -83,8 +84,7 @@ def test_export_writes_the_other_form(model_folder: Path, tmp_path: Path, capsys
 def test_eval_prints_a_table_and_writes_json(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_prune.integrations import lm_eval_harness
-
+    lm_eval_harness = importlib.import_module("lightning_prune.integrations.lm_eval_harness")
     seen: dict[str, object] = {}
 
     def evaluate_model(model: object, tokenizer: object, **options: object) -> dict[str, dict[str, float]]:
