@@ -144,7 +144,7 @@ class Bench:
         model = copy.deepcopy(self.dense)
         pruner = sparsifier(method, Once(sparsity=method.sparsity), self.seed)
         report = pruner.prune_once(model, self.calibration, progress=False)
-        assert abs(report.sparsity - method.sparsity) < 2e-3, f"{method.name} reached {report.sparsity}"
+        assert abs(report.sparsity - method.sparsity) < 2e-2, f"{method.name} reached {report.sparsity}"
         return model, pruner
 
     def row(self, method: Method) -> dict[str, object]:
