@@ -291,6 +291,13 @@ def test_embeddings_heads_norms_and_biases_are_left_alone() -> None:
         assert_same_weights(model.lm_head, dense.lm_head)
 
 
+def test_a_head_is_left_alone_also_inside_another_module() -> None:
+    module = nn.ModuleDict({"language_model": tiny_llama(tied=False), "scores": nn.Linear(32, 2)})
+    report = Sparsifier(schedule=Once(sparsity=0.5)).prune_once(module)
+    assert len(report.targets) == 14
+    assert not any("lm_head" in target.name or "scores" in target.name for target in report.targets)
+
+
 def test_a_tied_weight_is_pruned_once_when_asked_for() -> None:
     model = tiny_llama(tied=True)
     conductor = Sparsifier(schedule=Once(sparsity=0.5), targets=Targets(include=("lm_head.weight",)))
