@@ -1,0 +1,174 @@
+"""Groups: dimensions of several tensors that must be cut together, and the plan that says which units stay.
+
+A unit of a group is one FFN unit, one query head, one key/value group, one residual channel or one expert. It covers
+slices of several parameters, the members of the group. Removing it means cutting all these slices; setting them to
+zero simulates that without changing a shape.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Cut", "Group", "Kind", "Member", "Plan", "Role", "zeroed"]
+
+Kind = Literal["ffn", "heads", "kv_groups", "hidden", "experts", "channels"]
+Role = Literal["out", "in", "vector", "norm"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """The slices of one parameter that belong to the units of a group.
+
+    Unit j covers, for every (offset, size) in `runs`, the indices offset + j * size to offset + (j + 1) * size along
+    dimension `dim`; for example a fused [gate; up] of width f has the runs ((0, 1), (f, 1)).
+
+    `role` says what the dimension is to the parameter: `out` its output features, `in` its input features (the
+    parameter reads the units), `vector` one entry per index (bias, scale), `norm` the weight of an RMS norm over
+    the units. `expert` names the entry of dimension 0 of a stacked expert tensor that the member is confined to.
+    """
+
+    name: str
+    dim: int
+    runs: tuple[tuple[int, int], ...]
+    role: Role
+    expert: int | None = None
+
+    def positions(self, units: Sequence[int]) -> Tensor:
+        """Return the indices along `dim` that the units cover, in ascending order."""
+        units_U = torch.as_tensor(sorted(units), dtype=torch.long)
+        parts = [(offset + units_U[:, None] * size + torch.arange(size)).flatten() for offset, size in self.runs]
+        return torch.cat(parts).sort().values
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed from a model, each from all members at once.
+
+    Args:
+        name: the module that holds the members, for example `model.layers.0.mlp`; `hidden` for the residual stream.
+        kind: what a unit is.
+        layer: index of the block it lies in, None if it spans the model.
+        num_units: how many units there are.
+        members: the slices of parameters.
+        num_parts: units come in so many equal runs, and equally many must stay in each (query heads of grouped-query
+            attention: the key/value groups).
+        fields: configuration fields that count the units -> what one unit adds to them.
+    """
+
+    name: str
+    kind: Kind
+    layer: int | None
+    num_units: int
+    members: tuple[Member, ...]
+    num_parts: int = 1
+    fields: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Return a name that is unique in the model: one module can hold heads and key/value groups."""
+        return f"{self.name}:{self.kind}"
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """Return the members that read the units: the output projections of FFN units and heads."""
+        return tuple(member for member in self.members if member.role == "in")
+
+    def check_keep(self, keep: Sequence[int]) -> None:
+        """Check that these units may be what stays.
+
+        Raises:
+            ValueError: if units repeat or do not exist, none is left, or the parts keep unequal numbers.
+        """
+        if len(set(keep)) != len(keep) or any(not 0 <= unit < self.num_units for unit in keep):
+            raise ValueError(
+                f"{self.key} has the units 0 to {self.num_units - 1}, each at most once; got keep={list(keep)}"
+            )
+        if not keep:
+            raise ValueError(f"nothing of {self.key} would be left; keep at least one unit, or remove the sub-block")
+        size = self.num_units // self.num_parts
+        counts = torch.bincount(torch.as_tensor(list(keep)) // size, minlength=self.num_parts)
+        if counts.unique().numel() > 1:
+            raise ValueError(
+                f"{self.key} must keep equally many of its {size} units in each of its {self.num_parts} parts, "
+                f"got {counts.tolist()}; cut evenly, or cut whole key/value groups"
+            )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The units of one group that stay."""
+
+    group: str
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of a model; plain values, so that it can be stored, read and replayed on a fresh parent.
+
+    Args:
+        cuts: the units that stay, for every group that is cut, by `Group.key`.
+        layers: indices of the blocks that stay, in order; None keeps all.
+        skip: (block, "attention" or "mlp") for every sub-block that is removed; block indices are the parent's.
+        method: what made the plan, and with which options.
+    """
+
+    cuts: tuple[Cut, ...] = ()
+    layers: tuple[int, ...] | None = None
+    skip: tuple[tuple[int, str], ...] = ()
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings and lists, ready for JSON."""
+        return {
+            "format": 1,
+            "method": dict(self.method),
+            "cuts": {cut.group: list(cut.keep) for cut in self.cuts},
+            "layers": None if self.layers is None else list(self.layers),
+            "skip": [list(pair) for pair in self.skip],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """Read what `as_dict` wrote.
+
+        Raises:
+            ValueError: if the format is unknown.
+        """
+        if values.get("format") != 1:
+            raise ValueError(f"the plan has format {values.get('format')!r}; this version reads format 1")
+        return cls(
+            cuts=tuple(Cut(name, tuple(keep)) for name, keep in values["cuts"].items()),
+            layers=None if values["layers"] is None else tuple(values["layers"]),
+            skip=tuple((int(layer), str(part)) for layer, part in values["skip"]),
+            method=dict(values["method"]),
+        )
+
+
+@contextmanager
+def zeroed(model: nn.Module, groups: Mapping[str, Group], cuts: Sequence[Cut]) -> Iterator[None]:
+    """Set the slices of all removed units to zero, and put the very same numbers back afterwards."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    backups: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for cut in cuts:
+                group = groups[cut.group]
+                removed = sorted(set(range(group.num_units)) - set(cut.keep))
+                for member in group.members if removed else ():
+                    data = parameters[member.name].data
+                    if member.expert is not None:
+                        data = data[member.expert]
+                    along = data.movedim(member.dim - (member.expert is not None), 0)
+                    positions = member.positions(removed).to(along.device)
+                    backups.append((along, positions, along[positions].clone()))
+                    along[positions] = 0
+        yield
+    finally:
+        with torch.no_grad():
+            for along, positions, values in reversed(backups):
+                along[positions] = values
