@@ -29,6 +29,9 @@ class Member:
     `role` says what the dimension is to the parameter: `out` its output features, `in` its input features (the
     parameter reads the units), `vector` one entry per index (bias, scale), `norm` the weight of an RMS norm over
     the units. `expert` names the entry of dimension 0 of a stacked expert tensor that the member is confined to.
+
+    A norm over fewer entries divides by another number. With k of n entries left, what is kept of the tensor is
+    multiplied by (k / n) ** (power / 2) to make up for it; `offset` is what the module adds to its weight.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Member:
     runs: tuple[tuple[int, int], ...]
     role: Role
     expert: int | None = None
+    power: int = 0
+    offset: float = 0.0
 
     def positions(self, units: Sequence[int]) -> Tensor:
         """Return the indices along `dim` that the units cover, in ascending order."""
@@ -57,6 +62,8 @@ class Group:
         num_parts: units come in so many equal runs, and equally many must stay in each (query heads of grouped-query
             attention: the key/value groups).
         fields: configuration fields that count the units -> what one unit adds to them.
+        pins: configuration fields that follow from others unless they are set, and the values to set when cutting.
+        epsilons: configuration fields that norms over the units add to a mean square; they grow by n / k.
     """
 
     name: str
@@ -66,6 +73,8 @@ class Group:
     members: tuple[Member, ...]
     num_parts: int = 1
     fields: Mapping[str, int] = field(default_factory=dict)
+    pins: Mapping[str, int] = field(default_factory=dict)
+    epsilons: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -152,7 +161,7 @@ class Plan:
 @contextmanager
 def zeroed(model: nn.Module, groups: Mapping[str, Group], cuts: Sequence[Cut]) -> Iterator[None]:
     """Set the slices of all removed units to zero, and put the very same numbers back afterwards."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = model.state_dict(keep_vars=True)
     backups: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
@@ -160,7 +169,7 @@ def zeroed(model: nn.Module, groups: Mapping[str, Group], cuts: Sequence[Cut]) -
                 group = groups[cut.group]
                 removed = sorted(set(range(group.num_units)) - set(cut.keep))
                 for member in group.members if removed else ():
-                    data = parameters[member.name].data
+                    data = tensors[member.name].data
                     if member.expert is not None:
                         data = data[member.expert]
                     along = data.movedim(member.dim - (member.expert is not None), 0)
