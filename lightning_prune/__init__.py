@@ -1,6 +1,6 @@
 """Pruning and sparsity inside the training loop you already have."""
 
-from lightning_prune.granularity import NM, Block, Unstructured
+from lightning_prune.granularity import NM, Block, Channel, Unstructured
 from lightning_prune.guard import MetricGuard
 from lightning_prune.recipe import Recipe
 from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, Once
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "Block",
+    "Channel",
     "Cosine",
     "Cubic",
     "Geometric",

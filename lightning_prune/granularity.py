@@ -1,9 +1,10 @@
-"""The shape of a hole: single weights, N of every M, or blocks.
+"""The shape of a hole: single weights, N of every M, blocks, or whole input channels.
 
 Shapes: O rows, I columns of the weight; R x C units, one row of units per group that is ranked together under scope
 `row`.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_prune.types import Granularity, Scope
 
-__all__ = ["NM", "Block", "Unstructured", "num_kept"]
+__all__ = ["NM", "Block", "Channel", "Unstructured", "num_kept"]
 
 
 def num_kept(sparsity: float, num_units: int) -> int:
@@ -161,6 +162,57 @@ class Block(Granularity):
     def scope(self, preferred: Scope) -> Scope:
         """Return the units ranked together: the scorer's choice."""
         return preferred
+
+    def num_keep(self, sparsity: float, num_units: int) -> int:
+        """Return how many of the units ranked together stay."""
+        return num_kept(sparsity, num_units)
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Accept every sparsity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel(Granularity):
+    """Whole groups of `width` consecutive input columns, over all rows; scored by the mean of their weights' scores.
+
+    On an output projection a column is a unit of what feeds it: width 1 on a feed-forward down projection masks its
+    units, the head size on an attention output projection masks heads.
+    """
+
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"a channel needs width >= 1, got {self.width}; 1 is a single input column")
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Return a number above 1: a unit spans all rows, however many there are."""
+        return sys.maxsize
+
+    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
+        """Check that channels tile the weight.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        if shape_OI[1] % self.width:
+            raise ValueError(
+                f"channels of width {self.width} do not tile {name} with its {shape_OI[1]} input columns; "
+                "choose a width that divides it, or exclude it from the targets"
+            )
+
+    def pool(self, score_OI: Tensor) -> Tensor:
+        """Return the mean score of every group of columns, in one row."""
+        return score_OI.mean(dim=0).reshape(1, -1, self.width).mean(dim=2)
+
+    def expand(self, keep_RC: Tensor, shape_OI: tuple[int, int]) -> Tensor:
+        """Return the mask in the shape of the weight."""
+        return torch.repeat_interleave(keep_RC, self.width, 1).repeat(shape_OI[0], 1)
+
+    def scope(self, preferred: Scope) -> Scope:
+        """Return `global` where the scorer asks for it, else `tensor`: a channel has no row to be ranked in."""
+        return "global" if preferred == "global" else "tensor"
 
     def num_keep(self, sparsity: float, num_units: int) -> int:
         """Return how many of the units ranked together stay."""

@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, I input features.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,20 +109,32 @@ def observe_inputs(
             is_copy = module is not binding.module
             if in_backward or is_copy or (only_training and not module.training):
                 return
-            statistic.update(_tokens(args[0], seen["attention_mask"]))
+            assert isinstance(args[0], Tensor)
+            inputs = args[0].detach()
+            parts = _sequences(inputs, seen["attention_mask"]) if statistic.is_by_sequence else None
+            for input_TI in parts or [_tokens(inputs, seen["attention_mask"])]:
+                statistic.update(input_TI)
 
         return binding.module.register_forward_pre_hook(hook)
 
     return handles + [add(binding, statistic) for binding, statistic in feeds]
 
 
-def _tokens(inputs: object, attention_mask: Tensor | None) -> Tensor:
+def _tokens(inputs: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return input_TI without padding."""
-    assert isinstance(inputs, Tensor)
-    inputs = inputs.detach()
     if attention_mask is not None and inputs.shape[:-1].numel() == attention_mask.numel():
         return inputs.reshape(-1, inputs.shape[-1])[attention_mask.reshape(-1).bool()]
     return inputs.reshape(-1, inputs.shape[-1])
+
+
+def _sequences(inputs: Tensor, attention_mask: Tensor | None) -> Iterator[Tensor]:
+    """Yield input_TI without padding of every sequence; flat inputs without a mask are one sequence."""
+    if attention_mask is not None and inputs.shape[:-1].numel() == attention_mask.numel():
+        inputs = inputs.reshape(*attention_mask.shape, inputs.shape[-1])
+        parts = (input_TI[keep_T] for input_TI, keep_T in zip(inputs, attention_mask.bool(), strict=True))
+    else:
+        parts = (input_TI for input_TI in (inputs.flatten(0, -3) if inputs.ndim > 2 else inputs[None]))
+    yield from (input_TI for input_TI in parts if len(input_TI))
 
 
 def _called_with_attention_mask(model: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from lightning_prune.decision import Decision
 from lightning_prune.observation import Observation
 from lightning_prune.targets import Binding, find_blocks
 
-__all__ = ["OneShot"]
+__all__ = ["CurrentBatch", "OneShot", "gradients", "token_labels"]
 
 
 class OneShot:
@@ -58,7 +58,7 @@ class OneShot:
         if any(distributed.is_sharded(binding.parameter) for binding in self.bindings):
             raise ValueError(f"{name} cannot calibrate a sharded model; prune before fully_shard, then shard")
         if self.observation.has_steps:
-            with _gradients(self.model, self.bindings):
+            with gradients(self.model, self.bindings):
                 self._backward(batches)
             self._change(self.bindings, title="scoring")
             return
@@ -91,7 +91,7 @@ class OneShot:
         observe.restart_inputs()
         inside = {id(target) for _, targets in blocks for target in targets}
         outside = [binding for binding in self.bindings if id(binding) not in inside]
-        current = _CurrentBatch()
+        current = CurrentBatch()
         observe.start(current, outside, only_training=False)
         targets_of = {id(block): targets for block, targets in blocks}
 
@@ -125,7 +125,7 @@ class OneShot:
         for batch in tqdm(batches, desc="calibrating", disable=not self.progress):
             inputs = to_device(batch, self.device)
             if "labels" not in inputs:
-                inputs |= _labels(inputs)
+                inputs |= token_labels(inputs)
             loss = getattr(self.model(**inputs), "loss", None)
             if loss is None:
                 raise ValueError(
@@ -138,14 +138,14 @@ class OneShot:
                 binding.parameter.grad = None
 
 
-class _CurrentBatch(nn.Module):
+class CurrentBatch(nn.Module):
     """Stands for the model where blocks run on their own: called with the mask of the batch that they run on."""
 
     def forward(self, attention_mask: object = None) -> None:
         """Do nothing; hooks on the call see the mask."""
 
 
-def _labels(inputs: Mapping[str, object]) -> dict[str, Tensor]:
+def token_labels(inputs: Mapping[str, object]) -> dict[str, Tensor]:
     """Return the input tokens as labels, padding left out; nothing if the model does not read tokens."""
     ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor):
@@ -156,7 +156,7 @@ def _labels(inputs: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _gradients(model: nn.Module, bindings: Sequence[Binding]) -> Iterator[None]:
+def gradients(model: nn.Module, bindings: Sequence[Binding]) -> Iterator[None]:
     """Collect gradients of the targets alone; modes, gradients and flags are put back afterwards."""
     targets = {id(binding.parameter) for binding in bindings}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune import NM, Block, Unstructured, masks
-from lightning_prune.granularity import num_kept
-from lightning_prune.types import Granularity
+from lightning_prune import NM, Block, Once, Sparsifier, Unstructured, masks
+from lightning_prune.granularity import Channel, num_kept
+from lightning_prune.scorers.magnitude import Magnitude
+from lightning_prune.types import Granularity, Scope
+from tests.tiny_models import tiny_mlp
 
 
 @pytest.mark.parametrize(
@@ -136,3 +138,61 @@ def test_n_of_m_cannot_rank_globally() -> None:
     assert [NM().scope("row"), NM().scope("tensor")] == ["row", "row"]
     with pytest.raises(ValueError, match=r"scope: global has no effect under N:M.*use row"):
         NM().scope("global")
+
+
+def test_channels_by_hand() -> None:
+    channel = Channel(width=2)
+    score = torch.tensor([[1.0, 3.0, 0.0, 0.0], [2.0, 2.0, 4.0, 8.0]])
+    assert channel.pool(score).tolist() == [[2.0, 3.0]]
+    mask = channel.expand(torch.tensor([[False, True]]), (2, 4))
+    assert mask.tolist() == [[False, False, True, True]] * 2
+    assert mask.is_contiguous()
+    assert Channel().pool(score).tolist() == [[1.5, 2.5, 2.0, 4.0]]
+    assert [channel.scope(scope) for scope in ("row", "tensor", "global")] == ["tensor", "tensor", "global"]
+    assert channel.num_keep(0.29, 100) == 71
+    channel.check("w", (3, 6))
+    channel.check_sparsity(0.123)
+
+
+def test_channels_equal_blocks_as_tall_as_the_weight() -> None:
+    score = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Channel(width=3).pool(score), Block(rows=6, cols=3).pool(score))
+    keep = torch.tensor([[True, False, False, True]])
+    assert torch.equal(Channel(width=3).expand(keep, (6, 12)), Block(rows=6, cols=3).expand(keep, (6, 12)))
+
+
+def test_a_channel_spans_rows_that_other_processes_may_hold() -> None:
+    assert Channel().rows_per_unit > 1
+
+
+def test_channels_that_do_not_tile_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"channels of width 4 do not tile up\.weight with its 10 input columns; choose"
+    ):
+        Channel(width=4).check("up.weight", (6, 10))
+    with pytest.raises(ValueError, match="a channel needs width >= 1, got 0; 1 is a single"):
+        Channel(width=0)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_channels_are_masked_whole_in_training(scope: Scope) -> None:
+    model = tiny_mlp()
+    conductor = Sparsifier(
+        schedule=Once(sparsity=0.5, at=1), scorer=Magnitude(scope=scope), granularity=Channel(width=2)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    conductor.attach(model, [optimizer], total_steps=3)
+    for step in range(3):
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            keep = {name: mask.clone() for name, mask in conductor.masks.items()}
+    for name, mask in conductor.masks.items():
+        weight = model.get_parameter(name).detach()
+        assert torch.equal(mask, keep[name])
+        assert torch.equal(weight.any(0), mask[0])
+        assert torch.equal(mask, mask[:1].repeat_interleave(len(mask), 0))
+    num_kept = [int(mask[0].reshape(-1, 2).all(1).sum()) for mask in keep.values()]  # of 4 and of 8 channels
+    assert num_kept == [2, 4] if scope == "tensor" else sum(num_kept) == 6
+    conductor.detach()

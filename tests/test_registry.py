@@ -7,7 +7,7 @@ import pytest
 import lightning_prune
 from lightning_prune import registry
 from lightning_prune.allocations.owl import OWL
-from lightning_prune.granularity import NM, Block, Unstructured
+from lightning_prune.granularity import NM, Block, Channel, Unstructured
 from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, Once
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.statistics.input_norm import InputNorm
@@ -22,7 +22,7 @@ def test_every_file_of_a_folder_is_listed_under_its_name(room: str) -> None:
 
 
 def test_rooms_of_one_file_list_their_concrete_classes() -> None:
-    assert [entry.cls for entry in registry.entries("granularity")] == [Block, NM, Unstructured]
+    assert [entry.cls for entry in registry.entries("granularity")] == [Block, Channel, NM, Unstructured]
     assert [entry.cls for entry in registry.entries("schedules")] == [Cosine, Cubic, Geometric, Linear, Once]
 
 
@@ -50,11 +50,11 @@ def test_get_takes_file_and_class_names() -> None:
 
 
 def test_unknown_names_give_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown scorer 'wnda'; did you mean 'Wanda'\? known: Gradient, Magnitude"):
+    with pytest.raises(ValueError, match=r"unknown scorer 'wnda'; did you mean 'Wanda'\? known: Activation, Fluctuation, Gradient, Magnitude"):
         registry.get("scorers", "wnda")
     with pytest.raises(ValueError, match=r"unknown schedule 'cubik'; did you mean 'Cubic'\?"):
         registry.get("schedules", "cubik")
-    with pytest.raises(ValueError, match="unknown scorer 'zzz'; known: Gradient"):
+    with pytest.raises(ValueError, match="unknown scorer 'zzz'; known: Activation"):
         registry.get("scorers", "zzz")
     with pytest.raises(ValueError, match="unknown room 'scorer'; did you mean 'scorers'"):
         registry.entries("scorer")

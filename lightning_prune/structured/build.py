@@ -37,7 +37,8 @@ def check_whole(model: nn.Module) -> None:
             raise ValueError(f"{name} is sharded; gather the model on one process and shrink it there")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values; load the weights first")
-        if type(tensor.data) is not Tensor or (tensor.ndim > 1 and not tensor.is_floating_point()):
+        is_weight = isinstance(tensor, nn.Parameter)
+        if type(tensor.data) is not Tensor or (is_weight and tensor.ndim > 1 and not tensor.is_floating_point()):
             raise ValueError(f"{name} is quantized ({tensor.dtype}); shrink the model before it is quantized")
 
 
@@ -47,6 +48,7 @@ def build_smaller(
     plan: Plan,
     *,
     consume: bool = False,
+    share: bool = False,
     blueprint: Blueprint | None = None,
 ) -> nn.Module:
     """Return a smaller model of the same class that holds what a plan keeps.
@@ -57,6 +59,7 @@ def build_smaller(
         plan: what stays.
         consume: whether to empty the parent's tensors one by one as they are cut, so that the two models never need
             more memory than the parent and its largest tensor.
+        share: whether tensors that are not cut may be the parent's own; for a model that is thrown away soon.
         blueprint: of the model, if it was made already.
 
     Raises:
@@ -86,7 +89,8 @@ def build_smaller(
         uses[origin] -= 1
         if consume and not uses[origin]:
             source[origin].data = torch.empty(0, dtype=whole.dtype, device=whole.device)
-        return tensor.clone() if tensor.data_ptr() == whole.data_ptr() and not consume else tensor
+        is_own = tensor.data_ptr() == whole.data_ptr()
+        return tensor.clone() if is_own and not (consume or share) else tensor
 
     _fill(small, carry, requires_grad={name: tensor.requires_grad for name, tensor in source.items()}, of=parent_name)
     generation = getattr(model, "generation_config", None)

@@ -35,6 +35,7 @@ from lightning_prune.structured.structure import Stack, Structure
 __all__ = ["discover"]
 
 _MAX_TRIES = 48  # orders of units tried for one field
+_MAX_FUSED = 4  # entries of one FFN unit in one tensor; more of them belong to something repeated inside the module
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Structure:
@@ -50,9 +51,6 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> St
     check_whole(model)
     inputs = probe_inputs(model) if inputs is None else inputs
     blueprint = Blueprint(model)
-    intact = outputs(model, inputs)
-    if not bool(intact.isfinite().all()):
-        raise ValueError(f"{type(model).__name__} gives infinite or undefined outputs on the probe; check its weights")
     first: Structure | None = None
     for stack in candidate_stacks(model, blueprint):
         sample, sample_stack, standing = _sample(model, blueprint, stack, inputs)
@@ -77,10 +75,11 @@ def _sample(
     if len(chosen) < stack.num_layers:
         others = [b for layer in standing if layer not in chosen for b in blocks_of(model, stack, layer)]
         try:
-            small = build_smaller(model, Structure({}, stack), Plan(layers=tuple(chosen)), blueprint=blueprint)
+            small = build_smaller(model, Structure({}, stack), Plan(layers=tuple(chosen)), share=True, blueprint=blueprint)
+            one = {name: value[:1] for name, value in inputs.items()}
             with skipping(others):
-                expected = outputs(model, inputs)
-            if difference(outputs(small, inputs), expected) <= TOLERANCE:
+                expected = outputs(model, one)
+            if difference(outputs(small, one), expected) <= TOLERANCE:
                 position = {layer: index for index, layer in enumerate(chosen)}
                 short = dataclasses.replace(stack, num_layers=len(chosen))
                 return small, short, {layer: position[other] for layer, other in standing.items()}
@@ -127,6 +126,8 @@ class _Explorer:
         self.model, self.blueprint, self.stack, self.inputs = model, blueprint, stack, inputs
         self.fields, self.roles = Fields(blueprint), Roles(model)
         self.intact = outputs(model, inputs)
+        if not bool(self.intact.isfinite().all()):
+            raise ValueError(f"{type(model).__name__} gives infinite or undefined outputs on the probe; check its weights")
         self.groups: dict[str, Group] = {}
         self.refused: dict[str, str] = {}
 
@@ -190,6 +191,8 @@ class _Explorer:
             return
         try:
             dimensions = self.dimensions(counts[0], *effect)
+            if kind in ("ffn", "channels") and any(dimension.per_unit > _MAX_FUSED for dimension in dimensions):
+                raise ValueError(f"{counts[0].name} is a size inside of heads or groups and counts no units")
             proposals = self.proposals(kind, counts, dimensions, pins, num_parts, query or {})
             reason = "no module both writes and reads them"
             for tried, groups in enumerate(itertools.islice(proposals, _MAX_TRIES)):
@@ -297,7 +300,7 @@ class _Explorer:
         cuts = tuple(Cut(group.key, _half(group, random_order)) for group in groups)
         try:
             plain = Structure(by_key, None)
-            small = build_smaller(self.model, plain, Plan(cuts=cuts), blueprint=self.blueprint)
+            small = build_smaller(self.model, plain, Plan(cuts=cuts), share=True, blueprint=self.blueprint)
             got = outputs(small, self.inputs)
             with zeroed(self.model, by_key, cuts):
                 expected = outputs(self.model, self.inputs)

@@ -81,7 +81,7 @@ class Fields:
 
     def inner(self) -> list[Count]:
         """Return the fields that may count units inside of modules: all but heads, blocks and residual channels."""
-        taken = {count.path for count in self.named((*_HIDDEN, *_HEADS, *_KV_HEADS))}
+        taken = {count.path for count in self.named((*_HIDDEN, *_HEADS, *_KV_HEADS))} | self.all_pins().keys()
         return [count for count in self.counts() if count.path not in taken]
 
     def hidden(self) -> list[Count]:

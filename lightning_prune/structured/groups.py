@@ -162,22 +162,19 @@ class Plan:
 def zeroed(model: nn.Module, groups: Mapping[str, Group], cuts: Sequence[Cut]) -> Iterator[None]:
     """Set the slices of all removed units to zero, and put the very same numbers back afterwards."""
     tensors = model.state_dict(keep_vars=True)
-    backups: list[tuple[Tensor, Tensor, Tensor]] = []
+    backups: list[tuple[Tensor, int, Tensor, Tensor]] = []
     try:
-        with torch.no_grad():
-            for cut in cuts:
-                group = groups[cut.group]
-                removed = sorted(set(range(group.num_units)) - set(cut.keep))
-                for member in group.members if removed else ():
-                    data = tensors[member.name].data
-                    if member.expert is not None:
-                        data = data[member.expert]
-                    along = data.movedim(member.dim - (member.expert is not None), 0)
-                    positions = member.positions(removed).to(along.device)
-                    backups.append((along, positions, along[positions].clone()))
-                    along[positions] = 0
+        for cut in cuts:
+            group = groups[cut.group]
+            removed = sorted(set(range(group.num_units)) - set(cut.keep))
+            for member in group.members if removed else ():
+                data, dim = tensors[member.name].data, member.dim
+                if member.expert is not None:
+                    data, dim = data[member.expert], dim - 1
+                positions = member.positions(removed).to(data.device)
+                backups.append((data, dim, positions, data.index_select(dim, positions)))
+                data.index_fill_(dim, positions, 0)
         yield
     finally:
-        with torch.no_grad():
-            for along, positions, values in reversed(backups):
-                along[positions] = values
+        for data, dim, positions, values in reversed(backups):
+            data.index_copy_(dim, positions, values)

@@ -25,12 +25,14 @@ def candidate_stacks(model: nn.Module, blueprint: Blueprint) -> Iterator[Stack]:
             continue
         counted = [name for name, module in lists.items() if len(module) == number and any(True for _ in module.parameters())]
         outermost = tuple(name for name in counted if not any(name.startswith(f"{outer}.") for outer in counted))
+        if not outermost:
+            continue
         per_layer = tuple(
             ".".join(other) for other, value in flat.items() if isinstance(value, list) and len(value) == number
         )
         stack = Stack(outermost, ".".join(path), per_layer, number)
         owned = _owned(blueprint, stack)
-        if outermost and owned:
+        if owned:
             stack = dataclasses.replace(stack, containers=owned)
             found.append((sum(p.numel() for name in owned for p in lists[name].parameters()), stack))
     for _, stack in sorted(found, key=lambda pair: -pair[0]):
@@ -92,7 +94,7 @@ def _why_kept(
 ) -> str | None:
     keep = tuple(other for other in range(stack.num_layers) if other != layer)
     try:
-        small = build_smaller(model, Structure({}, stack), Plan(layers=keep), blueprint=blueprint)
+        small = build_smaller(model, Structure({}, stack), Plan(layers=keep), share=True, blueprint=blueprint)
         got = outputs(small, inputs)
         with skipping(blocks_of(model, stack, layer)):
             expected = outputs(model, inputs)

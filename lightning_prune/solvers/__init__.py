@@ -1,0 +1,1 @@
+"""One file per rule that also repairs the weights that stay."""
