@@ -24,6 +24,10 @@ Shapes = dict[str, tuple[int, ...]]
 class Change(dict[tuple[str, int], tuple[int, int]]):
     """What an edit does: (tensor, dimension) -> (size before, size after)."""
 
+    def per_unit(self, number: int, factor: float) -> dict[tuple[str, int], int]:
+        """Return how much each dimension grows per unit, where a number of units was multiplied by a factor."""
+        return {place: round((after - before) / (number * (factor - 1))) for place, (before, after) in self.items()}
+
 
 def leaves(values: Values, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yield (path, value) of every field of nested values; lists are values."""
@@ -118,7 +122,9 @@ class Blueprint:
             after = shapes[name]
             if len(after) != len(before):
                 return None
-            result.update({(name, dim): pair for dim, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]})
+            result.update(
+                {(name, dim): pair for dim, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]}
+            )
         return result
 
 

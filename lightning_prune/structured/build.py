@@ -6,8 +6,10 @@ tables, cache slots. Only weights are carried over.
 Cost: tensors are cut one at a time; the parent's are given up as they are cut if it is to be consumed.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ def check_whole(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod") or any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
         raise ValueError("a compiled model keeps its old shapes; shrink the model first and compile the result")
     if getattr(model, "peft_config", None):
-        raise ValueError("shrink cuts the model below its adapters; merge them first (merge_and_unload), or remove them")
+        raise ValueError(
+            "shrink cuts the model below its adapters; merge them first (merge_and_unload), or remove them"
+        )
     for name, tensor in model.state_dict(keep_vars=True).items():
         if distributed.is_sharded(tensor):
             raise ValueError(f"{name} is sharded; gather the model on one process and shrink it there")
@@ -77,26 +81,39 @@ def build_smaller(
     with _parameters_on_meta():
         small: nn.Module = blueprint.model_class(blueprint.configuration(edits))
     source = model.state_dict(keep_vars=True)
-    uses = _uses(small, parent_name)
-
-    def carry(name: str) -> Tensor:
-        origin = parent_name(name)
-        whole = source[origin].detach()
-        tensor = cut_tensor(origin, whole, removal)
-        if origin in scales:
-            factor, offset = scales[origin]
-            tensor = (tensor + offset) * factor - offset
-        uses[origin] -= 1
-        if consume and not uses[origin]:
-            source[origin].data = torch.empty(0, dtype=whole.dtype, device=whole.device)
-        is_own = tensor.data_ptr() == whole.data_ptr()
-        return tensor.clone() if is_own and not (consume or share) else tensor
-
+    carry = _Carrier(source, removal, scales, parent_name, _uses(small, parent_name), consume, share)
     _fill(small, carry, requires_grad={name: tensor.requires_grad for name, tensor in source.items()}, of=parent_name)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        small.generation_config = generation
+    if hasattr(model, "generation_config"):
+        small.generation_config = copy.deepcopy(model.generation_config)
     return small.train(model.training)
+
+
+@dataclass
+class _Carrier:
+    """Gives each tensor of the smaller model, cut from the parent's, once."""
+
+    source: Mapping[str, Tensor]
+    removal: Removal
+    scales: Mapping[str, tuple[float, float]]
+    parent_name: Callable[[str], str]
+    uses: dict[str, int]
+    consume: bool
+    share: bool
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor of the smaller model by its name there."""
+        origin = self.parent_name(name)
+        whole = self.source[origin].detach()
+        tensor = cut_tensor(origin, whole, self.removal)
+        if origin in self.scales:
+            factor, offset = self.scales[origin]
+            tensor = (tensor + offset) * factor - offset
+        is_own = tensor.data_ptr() == whole.data_ptr()
+        self.uses[origin] -= 1
+        is_last = self.uses[origin] == 0
+        if self.consume and is_last:
+            self.source[origin].data = torch.empty(0, dtype=whole.dtype, device=whole.device)
+        return tensor.clone() if is_own and not (self.share or (self.consume and is_last)) else tensor
 
 
 def field_edits(
@@ -111,6 +128,7 @@ def field_edits(
     edits: dict[Path, Any] = {}
     for path, counts in _counts(structure, cuts, layers, flat).items():
         old = flat[path]
+        new: Any
         if isinstance(old, list):
             new = [counts.get(layer, old[layer]) for layer in range(len(old))]
         else:
@@ -148,7 +166,7 @@ def _counts(
         num_removed = group.num_units - len(cuts[key].keep) if key in cuts else 0
         for name, step in group.fields.items():
             path = tuple(name.split("."))
-            old = flat[path]
+            old = step * group.num_units if flat[path] is None else flat[path]
             place: int | str = group.layer if isinstance(old, list) and group.layer is not None else group.name
             value = (old[place] if isinstance(place, int) else old) - step * num_removed
             wanted = result.setdefault(path, {})
@@ -210,7 +228,9 @@ def _check_shapes(
             raise ValueError(f"{what} has {name} of shape {shape}, while the plan leaves {left}")
     missing = {parent_name(name) for name in built} ^ set(blueprint.shapes)
     stack = structure.stack
-    lost = sorted(name for name in missing if layers is None or stack is None or stack.layer_of(name) in (None, *layers))
+    lost = sorted(
+        name for name in missing if layers is None or stack is None or stack.layer_of(name) in (None, *layers)
+    )
     if lost:
         raise ValueError(f"{what} has no place for {lost[0]}")
 
@@ -225,7 +245,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if param is not None and not param.is_meta:
             module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

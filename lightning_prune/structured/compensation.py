@@ -15,8 +15,15 @@ from lightning_prune.structured.roles import Roles
 __all__ = ["compensations", "stream_compensations"]
 
 
-def compensations(group: Group, roles: Roles) -> Iterator[Group]:
-    """Yield the ways to make up for norms over units inside of a module, cheapest first."""
+def compensations(groups: Sequence[Group], roles: Roles) -> Iterator[list[Group]]:
+    """Yield the ways to make up for norms over units inside of modules, the same way in all, cheapest first."""
+    ways = [list(_ways(group, roles)) for group in groups]
+    for index in range(max(len(own) for own in ways)):
+        if all(len(own) == 1 or index < len(own) for own in ways):
+            yield [own[0] if len(own) == 1 else own[index] for own in ways]
+
+
+def _ways(group: Group, roles: Roles) -> Iterator[Group]:
     norms = [member for member in group.members if member.role == "norm"]
     if not norms:
         yield group
@@ -30,7 +37,13 @@ def compensations(group: Group, roles: Roles) -> Iterator[Group]:
 
 
 def stream_compensations(
-    group: Group, roles: Roles, *, epsilons: tuple[str, ...], embedding: str | None, head: str | None, last_norm: str | None
+    group: Group,
+    roles: Roles,
+    *,
+    epsilons: tuple[str, ...],
+    embedding: str | None,
+    head: str | None,
+    last_norm: str | None,
 ) -> Iterator[Group]:
     """Yield the ways to make up for norms over the residual stream, cheapest first.
 

@@ -95,9 +95,7 @@ def cut_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
             continue
         everything = torch.zeros(tensor.shape[dim], dtype=torch.bool)
         kept = [(~flags.get(expert, everything)).nonzero().flatten() for expert in range(tensor.shape[0])]
-        rows = [
-            tensor[expert].index_select(dim - 1, keep.to(tensor.device)) for expert, keep in enumerate(kept)
-        ]
+        rows = [tensor[expert].index_select(dim - 1, keep.to(tensor.device)) for expert, keep in enumerate(kept)]
         tensor = torch.stack(rows)
     return tensor
 

@@ -19,23 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.structured.blueprint import Blueprint, Change
-from lightning_prune.structured.compensation import compensations, stream_compensations
+from lightning_prune.structured.build import build_smaller, check_whole
+from lightning_prune.structured.compensation import stream_compensations
 from lightning_prune.structured.fields import FFN_WORDS, Count, Fields, HeadFields
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan, zeroed
-from lightning_prune.structured.layouts import Runs, layouts
 from lightning_prune.structured.probe import TOLERANCE, difference, outputs, probe_inputs, skipping
-from lightning_prune.structured.roles import Dimension, Roles, partition
-from lightning_prune.structured.build import build_smaller, check_whole
+from lightning_prune.structured.proposals import Proposal, Proposer
+from lightning_prune.structured.roles import Roles
 from lightning_prune.structured.stack import blocks_of, candidate_stacks, proven, representatives
 from lightning_prune.structured.structure import Stack, Structure
 
 __all__ = ["discover"]
 
 _MAX_TRIES = 48  # orders of units tried for one field
-_MAX_FUSED = 4  # entries of one FFN unit in one tensor; more of them belong to something repeated inside the module
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Structure:
@@ -70,12 +68,13 @@ def _sample(
     model: nn.Module, blueprint: Blueprint, stack: Stack, inputs: Mapping[str, Tensor]
 ) -> tuple[nn.Module, Stack, dict[int, int]]:
     """Return a model of a few blocks that stand for all, its stack, and block -> the sample's block for it."""
-    standing = representatives(blueprint, model, stack)
-    chosen = sorted(set(standing.values()))
+    chosen, standing = representatives(blueprint, model, stack)
     if len(chosen) < stack.num_layers:
-        others = [b for layer in standing if layer not in chosen for b in blocks_of(model, stack, layer)]
+        others = [block for layer in standing if layer not in chosen for block in blocks_of(model, stack, layer)]
         try:
-            small = build_smaller(model, Structure({}, stack), Plan(layers=tuple(chosen)), share=True, blueprint=blueprint)
+            small = build_smaller(
+                model, Structure({}, stack), Plan(layers=tuple(chosen)), share=True, blueprint=blueprint
+            )
             one = {name: value[:1] for name, value in inputs.items()}
             with skipping(others):
                 expected = outputs(model, one)
@@ -104,7 +103,9 @@ def _expanded(found: Structure, stack: Stack, standing: Mapping[int, int]) -> St
     stack = dataclasses.replace(
         stack,
         counters={layer: found.stack.counters[s] for layer, s in standing.items() if s in found.stack.counters},
-        kept_always={layer: found.stack.kept_always[s] for layer, s in standing.items() if s in found.stack.kept_always},
+        kept_always={
+            layer: found.stack.kept_always[s] for layer, s in standing.items() if s in found.stack.kept_always
+        },
     )
     return Structure(groups, stack, found.refused)
 
@@ -122,12 +123,15 @@ def _spread(members: Iterable[Member], stack: Stack, standing: Mapping[int, int]
 class _Explorer:
     """Tries the fields of one model's configuration."""
 
-    def __init__(self, model: nn.Module, blueprint: Blueprint, stack: Stack | None, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, blueprint: Blueprint, stack: Stack | None, inputs: Mapping[str, Tensor]
+    ) -> None:
         self.model, self.blueprint, self.stack, self.inputs = model, blueprint, stack, inputs
         self.fields, self.roles = Fields(blueprint), Roles(model)
+        self.proposer = Proposer(self.roles, stack)
         self.intact = outputs(model, inputs)
         if not bool(self.intact.isfinite().all()):
-            raise ValueError(f"{type(model).__name__} gives infinite or undefined outputs on the probe; check its weights")
+            raise ValueError(f"{type(model).__name__} gives infinite or undefined outputs on the probe")
         self.groups: dict[str, Group] = {}
         self.refused: dict[str, str] = {}
 
@@ -143,6 +147,9 @@ class _Explorer:
             self.find_inner(count)
         for count in self.fields.hidden():
             self.find_hidden(count)
+        if not any(group.kind == "ffn" for group in self.groups.values()):
+            reasons = [reason for name, reason in self.refused.items() if _is_ffn(name)]
+            self.refused["ffn"] = reasons[0] if reasons else "no field of the configuration counts FFN units"
         return Structure(self.groups, self.stack, self.refused)
 
     def find_heads(self, fields: HeadFields) -> None:
@@ -150,148 +157,46 @@ class _Explorer:
         heads, kv_heads, pins = fields.heads, fields.kv_heads, fields.pins
         num_heads = heads.at(None)
         num_groups = kv_heads.at(None) if kv_heads is not None else num_heads
-        alone = self.fields.effect([heads], pins)
-        if num_groups == num_heads or kv_heads is None:
-            counts = [heads] if kv_heads is None else [heads, kv_heads]
-            self.try_field("heads", counts, self.fields.effect(counts, pins), pins)
+        if kv_heads is None or num_groups == num_heads:
+            counts = (heads,) if kv_heads is None else (heads, kv_heads)
+            self.accept(Proposal("heads", counts, pins), self.fields.effect(counts, pins))
             return
+        alone = self.fields.effect([heads], pins)
         if num_groups > 1:
-            query = {place: (after - before) // num_heads for place, (before, after) in (alone or ({}, 2))[0].items()}
-            self.try_field(
-                "kv_groups",
-                [kv_heads, heads],
-                self.fields.effect([kv_heads, heads], pins),
-                pins,
-                query={place: size * num_heads // num_groups for place, size in query.items()},
-            )
-        self.try_field("heads", [heads], alone, pins, num_parts=num_groups)
+            sizes = {} if alone is None else alone[0].per_unit(num_heads, alone[1])
+            query_sizes = {place: size * num_heads // num_groups for place, size in sizes.items()}
+            both = (kv_heads, heads)
+            self.accept(Proposal("kv_groups", both, pins, query_sizes=query_sizes), self.fields.effect(both, pins))
+        self.accept(Proposal("heads", (heads,), pins, num_parts=num_groups), alone)
 
     def find_inner(self, count: Count) -> None:
         """Find units inside of modules: those of FFNs, and the widths of other bottlenecks."""
         effect = self.fields.effect([count])
         if effect and effect[0]:
-            kind: Kind = "ffn" if any(word in count.path[-1] for word in FFN_WORDS) else "channels"
-            self.try_field(kind, [count], effect, {})
+            kind: Kind = "ffn" if _is_ffn(count.name) else "channels"
+            self.accept(Proposal(kind, (count,)), effect)
 
-    def try_field(
-        self,
-        kind: Kind,
-        counts: Sequence[Count],
-        effect: tuple[Change, float] | None,
-        pins: Mapping[tuple[str, ...], int],
-        *,
-        num_parts: int = 1,
-        query: Mapping[tuple[str, int], int] | None = None,
-    ) -> None:
+    def accept(self, proposal: Proposal, effect: tuple[Change, float] | None) -> None:
         """Accept the groups that a field counts if some order of their units is proven right."""
-        label = kind if kind not in ("channels", "ffn") else counts[0].name
+        label = proposal.kind if proposal.kind in ("heads", "kv_groups") else proposal.counts[0].name
         if effect is None or not effect[0]:
-            names = " and ".join(count.name for count in counts)
-            self.refused.setdefault(label, f"no shape follows {names} alone; the head size is not a field of its own")
+            self.refused.setdefault(
+                label, f"no shape follows {proposal.names} alone; the head size is not a field of its own"
+            )
             return
+        reason: str | None = None
         try:
-            dimensions = self.dimensions(counts[0], *effect)
-            if kind in ("ffn", "channels") and any(dimension.per_unit > _MAX_FUSED for dimension in dimensions):
-                raise ValueError(f"{counts[0].name} is a size inside of heads or groups and counts no units")
-            proposals = self.proposals(kind, counts, dimensions, pins, num_parts, query or {})
-            reason = "no module both writes and reads them"
-            for tried, groups in enumerate(itertools.islice(proposals, _MAX_TRIES)):
+            for groups in itertools.islice(self.proposer.groups(proposal, *effect), _MAX_TRIES):
                 failed = self.why_wrong(groups)
                 if failed is None:
                     self.groups.update({group.key: group for group in groups})
                     self.refused.pop(label, None)
                     return
-                reason = failed if tried == 0 else reason
+                reason = reason or failed
         except ValueError as error:
             reason = str(error)
-        if kind != "channels":
-            self.refused.setdefault(label, reason)
-
-    def dimensions(self, count: Count, change: Change, factor: float) -> list[Dimension]:
-        """Return the changed dimensions as sizes per unit.
-
-        Raises:
-            ValueError: naming one that does not grow evenly.
-        """
-        result = []
-        for (name, dim), (before, after) in change.items():
-            number = count.at(self.layer(name))
-            per_unit, odd = divmod(round(after - before), round(number * (factor - 1)))
-            rest = before - per_unit * number
-            if odd or per_unit < 1 or rest < 0:
-                raise ValueError(f"{name} goes from {before} to {after} where {count.name} is multiplied by {factor}")
-            result.append(Dimension(name, dim, per_unit, rest, self.roles.role(name, dim)))
-        return result
-
-    def proposals(
-        self,
-        kind: Kind,
-        counts: Sequence[Count],
-        dimensions: Sequence[Dimension],
-        pins: Mapping[tuple[str, ...], int],
-        num_parts: int,
-        query: Mapping[tuple[str, int], int],
-    ) -> Iterator[list[Group]]:
-        """Yield the groups under every order of units and every way to make up for norms."""
-        modules = list(partition(dimensions))
-        if not modules:
-            return
-        places = {dimension.pattern: dimension for _, below in modules for dimension in below}
-        orders = [
-            list(dict.fromkeys(self.orders(kind, counts[0], dimension, query))) for dimension in places.values()
-        ]
-        unit = counts[0].at(None)
-        fields = {count.name: max(1, count.at(None) // unit) for count in counts}
-        for order in itertools.product(*orders):
-            runs = dict(zip(places, order, strict=True))
-            groups = [
-                Group(
-                    name=name,
-                    kind=self.kind(kind, below),
-                    layer=self.layer(name),
-                    num_units=counts[0].at(self.layer(name)),
-                    members=tuple(self.member(dimension, runs[dimension.pattern], expert) for dimension in below),
-                    num_parts=num_parts,
-                    fields=fields,
-                    pins={".".join(path): value for path, value in pins.items()},
-                )
-                for module, below in modules
-                for name, expert in self.experts(module, below)
-            ]
-            for made_up in zip(*(_padded(compensations(group, self.roles)) for group in groups), strict=False):
-                if any(group is None for group in made_up):
-                    break
-                yield [group for group in made_up if group is not None]
-
-    def orders(
-        self, kind: Kind, count: Count, dimension: Dimension, query: Mapping[tuple[str, int], int]
-    ) -> Iterator[Runs]:
-        """Yield the orders that units of a dimension can have."""
-        number = count.at(self.layer(dimension.name))
-        size = query.get((dimension.name, dimension.dim), 0)
-        return layouts(dimension, number, parts_first=kind in ("ffn", "channels"), query_size=size)
-
-    def kind(self, kind: Kind, dimensions: Sequence[Dimension]) -> Kind:
-        """Return the kind, where a module with a convolution over the units is no FFN."""
-        is_convolved = any(isinstance(self.roles.owner(dimension.name), _ConvNd) for dimension in dimensions)
-        return "channels" if kind == "ffn" and is_convolved else kind
-
-    def experts(self, module: str, dimensions: Sequence[Dimension]) -> list[tuple[str, int | None]]:
-        """Return the groups of one module: one, or one for each expert of stacked tensors."""
-        stacked = [d for d in dimensions if self.roles.is_stacked(d.name) and d.dim > 0]
-        if not stacked:
-            return [(module, None)]
-        if len(stacked) < len(dimensions) and any(self.roles.tensors[d.name].ndim != 2 for d in dimensions if d not in stacked):
-            raise ValueError(f"{module} mixes stacked experts with other tensors over the same units")
-        return [(f"{module}.{expert}", expert) for expert in range(self.roles.tensors[stacked[0].name].shape[0])]
-
-    def member(self, dimension: Dimension, runs: Runs, expert: int | None) -> Member:
-        """Return the slices of one tensor."""
-        return Member(dimension.name, dimension.dim, runs, dimension.role, expert)
-
-    def layer(self, name: str) -> int | None:
-        """Return the block a tensor or module lies in."""
-        return None if self.stack is None else self.stack.layer_of(name)
+        if proposal.kind != "channels":
+            self.refused.setdefault(label, reason or "nothing was found to cut")
 
     def why_wrong(self, groups: Sequence[Group]) -> str | None:
         """Cut half of the units of every group; return what is wrong with the result, None if it is exact."""
@@ -320,7 +225,7 @@ class _Explorer:
         try:
             if effect is None or not effect[0]:
                 raise ValueError(f"no shape follows {count.name}")
-            group = self.residual(count, self.dimensions(count, *effect), pins)
+            group = self.proposer.residual(count, *effect, pins)
             embedding, head, last_norm = self.ends(group)
             reason = ""
             for proposal in stream_compensations(
@@ -335,29 +240,6 @@ class _Explorer:
         except ValueError as error:
             reason = str(error)
         self.refused.setdefault("hidden", reason)
-
-    def residual(
-        self, count: Count, dimensions: Sequence[Dimension], pins: Mapping[tuple[str, ...], int]
-    ) -> Group:
-        """Return the group of residual channels.
-
-        Raises:
-            ValueError: if other widths follow the hidden size, or a norm subtracts the mean over channels.
-        """
-        for dimension in dimensions:
-            if dimension.per_unit != 1 or dimension.rest:
-                raise ValueError(f"{dimension.name} follows {count.name} too, and is not the residual stream alone")
-            if dimension.role == "norm" and self.roles.norm(dimension.name)[0] == "mean":
-                raise ValueError(f"{dimension.name} is a norm that subtracts the mean over all channels, gone ones too")
-        return Group(
-            name="residual",
-            kind="hidden",
-            layer=None,
-            num_units=count.at(None),
-            members=tuple(self.member(dimension, ((0, 1),), None) for dimension in dimensions),
-            fields={count.name: 1},
-            pins={".".join(path): value for path, value in pins.items()},
-        )
 
     def ends(self, group: Group) -> tuple[str | None, str | None, str | None]:
         """Return the embedding's tensor, the output head's where it is another, and the norm before the head."""
@@ -386,6 +268,10 @@ class _Explorer:
         return embedding, None if is_tied else names.get(id(tensors[1])), order[-1] if order else None
 
 
+def _is_ffn(name: str) -> bool:
+    return any(word in name.rpartition(".")[2] for word in FFN_WORDS)
+
+
 def _half(group: Group, order: random.Random) -> tuple[int, ...]:
     size = group.num_units // group.num_parts
     kept = [
@@ -394,12 +280,3 @@ def _half(group: Group, order: random.Random) -> tuple[int, ...]:
         for unit in sorted(order.sample(range(size), max(1, size // 2)))
     ]
     return tuple(kept)
-
-
-def _padded(groups: Iterator[Group]) -> Iterator[Group | None]:
-    """Yield groups; the last one again and again if there is only one way."""
-    known = list(groups)
-    if len(known) == 1:
-        yield from itertools.repeat(known[0], 9)
-    yield from known if len(known) > 1 else ()
-    yield None

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 from lightning_prune.structured.blueprint import Blueprint, Change, Path, leaves
 
 __all__ = ["FFN_WORDS", "Count", "Fields", "HeadFields"]
@@ -75,9 +74,28 @@ class Fields:
                 continue
             if _is_number(value) and value >= 2:
                 result.append(Count(path, value))
-            elif isinstance(value, list) and len(value) > 1 and all(_is_number(entry) and entry >= 2 for entry in value):
+            elif (
+                isinstance(value, list) and len(value) > 1 and all(_is_number(entry) and entry >= 2 for entry in value)
+            ):
                 result.append(Count(path, tuple(value)))
+            elif value is None and any(word in path[-1] for word in FFN_WORDS):
+                number = self._followed(path)
+                if number is not None:
+                    result.append(Count(path, number))
         return result
+
+    def _followed(self, path: Path) -> int | None:
+        """Return the number that a field stands for while it is not set and follows others."""
+        few, many = self.blueprint.shapes_with({path: 64}), self.blueprint.shapes_with({path: 128})
+        if few is None or many is None or not few.keys() == many.keys() == self.blueprint.shapes.keys():
+            return None
+        numbers = set()
+        for name, before in self.blueprint.shapes.items():
+            for size, small, large in zip(before, few[name], many[name], strict=True):
+                if large != small:
+                    numbers.add(64 + 64 * (size - small) // (large - small))
+        number = numbers.pop() if len(numbers) == 1 else None
+        return number if number is not None and self.blueprint.change({path: number}) == {} else None
 
     def inner(self) -> list[Count]:
         """Return the fields that may count units inside of modules: all but heads, blocks and residual channels."""
@@ -103,7 +121,14 @@ class Fields:
 
     def _single_kv(self, heads: Path) -> Count | None:
         """Return the field that says that all query heads share one key/value head."""
-        return next((Count(path, 1) for path, value in self.flat.items() if path[:-1] == heads[:-1] and path[-1] in _KV_HEADS and value == 1), None)
+        return next(
+            (
+                Count(path, 1)
+                for path, value in self.flat.items()
+                if path[:-1] == heads[:-1] and path[-1] in _KV_HEADS and value == 1
+            ),
+            None,
+        )
 
     def pins(self, heads: Count) -> dict[Path, int]:
         """Return the field that holds the head size apart from the hidden size, if the class knows it."""
@@ -143,5 +168,3 @@ class Fields:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-

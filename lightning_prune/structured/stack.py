@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structured.blueprint import Blueprint, leaves
+from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.probe import TOLERANCE, difference, outputs, skipping
-from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.structure import Stack, Structure
 
 __all__ = ["blocks_of", "candidate_stacks", "proven", "representatives"]
@@ -23,7 +23,9 @@ def candidate_stacks(model: nn.Module, blueprint: Blueprint) -> Iterator[Stack]:
     for path, number in flat.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 2:
             continue
-        counted = [name for name, module in lists.items() if len(module) == number and any(True for _ in module.parameters())]
+        counted = [
+            name for name, module in lists.items() if len(module) == number and any(True for _ in module.parameters())
+        ]
         outermost = tuple(name for name in counted if not any(name.startswith(f"{outer}.") for outer in counted))
         if not outermost:
             continue
@@ -44,7 +46,9 @@ def _owned(blueprint: Blueprint, stack: Stack) -> tuple[str, ...]:
     flat = dict(leaves(blueprint.values))
     for last in reversed(range(stack.num_layers)):
         keep = [layer for layer in range(stack.num_layers) if layer != last]
-        edits = {tuple(name.split(".")): [flat[tuple(name.split("."))][layer] for layer in keep] for name in stack.lists}
+        edits = {
+            tuple(name.split(".")): [flat[tuple(name.split("."))][layer] for layer in keep] for name in stack.lists
+        }
         shapes = blueprint.shapes_with({tuple(stack.field.split(".")): stack.num_layers - 1, **edits})
         if shapes is None:
             continue
@@ -106,17 +110,24 @@ def _why_kept(
     return None if gap <= TOLERANCE else f"the model computes something else without it (by {gap:.1e})"
 
 
-def representatives(blueprint: Blueprint, model: nn.Module, stack: Stack) -> dict[int, int]:
-    """Return block -> the earlier block that is built like it; two of each kind stand for themselves."""
+def representatives(blueprint: Blueprint, model: nn.Module, stack: Stack) -> tuple[list[int], dict[int, int]]:
+    """Return two blocks of each kind, and block -> the one of them that stands for it.
+
+    The first of its kind stands for all but the last block of the model: what depends on the place of a block shows
+    when a block before others is removed.
+    """
     flat = dict(leaves(blueprint.values))
     kinds: dict[object, list[int]] = {}
-    result: dict[int, int] = {}
+    own: dict[int, list[int]] = {}
     for layer in range(stack.num_layers):
         shapes = {stack.renamed(n, 0): s for n, s in blueprint.shapes.items() if stack.layer_of(n) == layer}
         entries = tuple(repr(flat[tuple(name.split("."))][layer]) for name in stack.lists)
         types = tuple(type(module) for block in blocks_of(model, stack, layer) for module in block.modules())
-        same = kinds.setdefault((tuple(sorted(shapes.items())), entries, types), [])
-        if len(same) < 2:
-            same.append(layer)
-        result[layer] = layer if layer in same else same[1]
-    return result
+        own[layer] = kinds.setdefault((tuple(sorted(shapes.items())), entries, types), [])
+        if len(own[layer]) < 2:
+            own[layer].append(layer)
+    chosen = sorted(layer for same in kinds.values() for layer in same)
+    if len(chosen) == stack.num_layers:
+        return chosen, {layer: layer for layer in chosen}
+    last = stack.num_layers - 1
+    return chosen, {layer: same[-1] if layer == last else same[0] for layer, same in own.items()}

@@ -1,7 +1,8 @@
 """What can be cut from a model, and what cannot and why."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as made_of
 
 from lightning_prune.structured.groups import Group
 
@@ -25,8 +26,8 @@ class Stack:
     field: str
     lists: tuple[str, ...]
     num_layers: int
-    counters: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    kept_always: Mapping[int, str] = field(default_factory=dict)
+    counters: Mapping[int, tuple[str, ...]] = made_of(default_factory=dict)
+    kept_always: Mapping[int, str] = made_of(default_factory=dict)
 
     @property
     def removable(self) -> tuple[int, ...]:
@@ -82,7 +83,7 @@ class Structure:
 
     groups: Mapping[str, Group]
     stack: Stack | None = None
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = made_of(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
