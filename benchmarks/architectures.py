@@ -139,8 +139,10 @@ def check(model: Any, structure: Structure, kind: str, loader: Loader, folder: P
     start = time.perf_counter()
     try:
         small: Any = shrink(model, plan, structure=structure, inputs={"input_ids": ids})
-    except (ValueError, RuntimeError) as error:
-        return {"answer": "wrong", "reason": f"{type(error).__name__}: {error}"}
+    except ValueError as error:
+        return {"answer": "refused", "reason": str(error)}
+    except RuntimeError as error:
+        return {"answer": "wrong", "reason": str(error)}
     seconds = time.perf_counter() - start
     with masked(model, structure, plan), torch.no_grad():
         expected = model(input_ids=ids, **arguments).logits

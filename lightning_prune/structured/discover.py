@@ -11,6 +11,7 @@ Cost: some dozens of builds on the meta device and forward passes over 24 tokens
 gradients.
 """
 
+import copy
 import dataclasses
 import itertools
 import random
@@ -25,7 +26,7 @@ from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.compensation import stream_compensations
 from lightning_prune.structured.fields import FFN_WORDS, Count, Fields, HeadFields
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan, zeroed
-from lightning_prune.structured.probe import TOLERANCE, difference, outputs, probe_inputs, skipping
+from lightning_prune.structured.probe import TOLERANCE, difference, outputs, probe_inputs, skipping, tolerance
 from lightning_prune.structured.proposals import Proposal, Proposer
 from lightning_prune.structured.roles import Roles
 from lightning_prune.structured.stack import blocks_of, candidate_stacks, proven, representatives
@@ -60,7 +61,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> St
         if sample_stack.removable:
             break
     if first is None:
-        first = _Explorer(model, blueprint, None, inputs).run()
+        first = _Explorer(_precise(model), blueprint, None, inputs).run()
     return first
 
 
@@ -78,13 +79,19 @@ def _sample(
             one = {name: value[:1] for name, value in inputs.items()}
             with skipping(others):
                 expected = outputs(model, one)
-            if difference(outputs(small, one), expected) <= TOLERANCE:
+            if difference(outputs(small, one), expected) <= tolerance(expected):
                 position = {layer: index for index, layer in enumerate(chosen)}
                 short = dataclasses.replace(stack, num_layers=len(chosen))
-                return small, short, {layer: position[other] for layer, other in standing.items()}
+                return _precise(small), short, {layer: position[other] for layer, other in standing.items()}
         except Exception:  # noqa: BLE001 - blocks that depend on their place: the whole model is its own sample
             pass
-    return model, stack, {layer: layer for layer in standing}
+    return _precise(model), stack, {layer: layer for layer in standing}
+
+
+def _precise(model: nn.Module) -> nn.Module:
+    """Return the model in float32, in which a wrong cut cannot pass for rounding; itself if it is that already."""
+    is_short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
+    return copy.deepcopy(model).float() if is_short else model
 
 
 def _expanded(found: Structure, stack: Stack, standing: Mapping[int, int]) -> Structure:
@@ -126,10 +133,11 @@ class _Explorer:
     def __init__(
         self, model: nn.Module, blueprint: Blueprint, stack: Stack | None, inputs: Mapping[str, Tensor]
     ) -> None:
-        self.model, self.blueprint, self.stack, self.inputs = model, blueprint, stack, inputs
+        self.model, self.blueprint, self.stack = model, blueprint, stack
+        self.inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
         self.fields, self.roles = Fields(blueprint), Roles(model)
         self.proposer = Proposer(self.roles, stack)
-        self.intact = outputs(model, inputs)
+        self.intact = outputs(model, self.inputs)
         if not bool(self.intact.isfinite().all()):
             raise ValueError(f"{type(model).__name__} gives infinite or undefined outputs on the probe")
         self.groups: dict[str, Group] = {}

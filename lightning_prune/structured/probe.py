@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.calibration import evaluating
 
-__all__ = ["TOLERANCE", "difference", "outputs", "probe_inputs", "skipping"]
+__all__ = ["TOLERANCE", "decodes", "difference", "outputs", "probe_inputs", "skipping", "tolerance"]
 
 # Largest difference of the outputs of two forms of a float32 model that are the same function, as a share of the
 # largest output or of one. Cut and masked models add the same numbers in another order.
@@ -55,12 +55,33 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
+@torch.no_grad()
+def decodes(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether the last token, read with the cache of those before it, gets the logits it gets without cache."""
+    ids_NT = inputs.get("input_ids")
+    if ids_NT is None or ids_NT.shape[1] < 2 or not hasattr(getattr(model, "config", None), "use_cache"):
+        return False
+    whole = outputs(model, inputs)
+    with evaluating(model):
+        try:
+            first: Any = model(input_ids=ids_NT[:, :-1], use_cache=True)
+            last: Any = model(input_ids=ids_NT[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        except Exception:  # noqa: BLE001 - whatever a class raises, it does not decode
+            return False
+    return difference(last.logits[:, -1], whole[:, -1]) <= 100 * tolerance(whole)
+
+
 def difference(got: Tensor, expected: Tensor) -> float:
     """Return the largest difference as a share of the largest expected value, or of one if that is smaller."""
     if got.shape != expected.shape:
         return float("inf")
     scale = max(1.0, float(expected.abs().max()))
     return float((got.double() - expected.double()).abs().max()) / scale
+
+
+def tolerance(expected: Tensor) -> float:
+    """Return the largest difference that rounding explains, for outputs of this precision."""
+    return TOLERANCE if expected.dtype.itemsize >= 4 else 0.05
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.cutting import without_orphans
 from lightning_prune.structured.discover import discover
 from lightning_prune.structured.groups import Plan, zeroed
-from lightning_prune.structured.probe import TOLERANCE, difference, outputs, probe_inputs, skipping
+from lightning_prune.structured.probe import difference, outputs, probe_inputs, skipping, tolerance
 from lightning_prune.structured.stack import blocks_of
 from lightning_prune.structured.structure import Structure
 
@@ -65,10 +65,9 @@ def shrink(
         expected = outputs(model, inputs)
     small = build_smaller(model, structure, plan, consume=consume, blueprint=blueprint)
     gap = difference(outputs(small, inputs), expected)
-    tolerance = TOLERANCE if expected.dtype.itemsize >= 4 else 0.05
-    if not gap <= tolerance:
+    if not gap <= tolerance(expected):
         raise RuntimeError(
             f"the smaller {type(model).__name__} differs from the masked one by {gap:.2g} of the largest output, more "
-            f"than {tolerance:g}; the cut is not exact, use fewer kinds of units at once"
+            f"than {tolerance(expected):g}; the cut is not exact, use fewer kinds of units at once"
         )
     return small

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_prune.structured.blueprint import Blueprint, leaves
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.groups import Plan
-from lightning_prune.structured.probe import TOLERANCE, difference, outputs, skipping
+from lightning_prune.structured.probe import TOLERANCE, decodes, difference, outputs, skipping
 from lightning_prune.structured.structure import Stack, Structure
 
 __all__ = ["blocks_of", "candidate_stacks", "proven", "representatives"]
@@ -107,7 +107,9 @@ def _why_kept(
     if torch.equal(expected, outputs(model, inputs)):
         return "removing it changes nothing that the probe can see"
     gap = difference(got, expected)
-    return None if gap <= TOLERANCE else f"the model computes something else without it (by {gap:.1e})"
+    if not gap <= TOLERANCE:
+        return f"the model computes something else without it (by {gap:.1e})"
+    return None if decodes(small, inputs) or not decodes(model, inputs) else "the model cannot decode without it"
 
 
 def representatives(blueprint: Blueprint, model: nn.Module, stack: Stack) -> tuple[list[int], dict[int, int]]:
