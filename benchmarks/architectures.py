@@ -42,6 +42,7 @@ NUM_TOKENS = 8
 # Runs without lightning_prune: loads a folder, answers with the logits' difference to the saved ones and with tokens.
 LOADER = """
 import json, sys, warnings
+answers, sys.stdout = sys.stdout, sys.stderr
 sys.modules["lightning_prune"] = None
 warnings.filterwarnings("ignore")
 import torch, transformers
@@ -63,7 +64,7 @@ for line in sys.stdin:
                     answer["cached" if cache else "uncached"] = out.tolist()
     except Exception as error:
         answer = {"error": type(error).__name__ + ": " + " ".join(str(error).split())[:300]}
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(answer), file=answers, flush=True)
 """
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "agree",
@@ -26,6 +27,7 @@ __all__ = [
     "is_sharded",
     "local",
     "log",
+    "rebuild",
     "reshard",
     "row_range",
     "shard",
@@ -221,3 +223,32 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+def rebuild(wrapper: nn.Module) -> None:
+    """Let a DistributedDataParallel wrapper reduce the gradients of the parameters its module has now; collective.
+
+    Without this, training goes on without an error after a parameter was replaced, and the ranks drift apart.
+
+    Raises:
+        ValueError: if the wrapper is another one.
+    """
+    if not isinstance(wrapper, DistributedDataParallel):
+        raise ValueError(
+            f"{type(wrapper).__name__} cannot follow a model whose tensors change; train with DistributedDataParallel "
+            "or in one process, or cut between trainings"
+        )
+    # The same object is set up again, so that every reference to it stays good. Parameters are broadcast by it.
+    DistributedDataParallel.__init__(
+        wrapper,
+        wrapper.module,
+        device_ids=wrapper.device_ids,
+        output_device=wrapper.output_device,
+        dim=wrapper.dim,
+        forward_sync_buffers=wrapper.forward_sync_buffers,
+        process_group=wrapper.process_group,
+        bucket_cap_mb=wrapper.bucket_bytes_cap // 2**20 or None,
+        find_unused_parameters=wrapper.find_unused_parameters,
+        gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
+        static_graph=wrapper.static_graph,
+    )

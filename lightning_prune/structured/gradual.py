@@ -1,0 +1,150 @@
+"""Shrink a model step by step while it trains, so that the training itself gets cheaper.
+
+At every milestone of a schedule the units with the smallest weights are cut out of the tensors, see `in_place`. The
+sparsity of the schedule counts the units of the model that the training started from; the configuration remembers
+their number in `cut_from`, so that a checkpoint of a smaller model goes on where it stopped.
+
+Source: shrinking along the data stream is EfficientLLM's idea, arXiv 2502.06663; the score here is the plain L1 norm of
+    all weights of a unit.
+Cost: per milestone one discovery and, for a moment, a second copy of the smaller model.
+Limits: see `in_place`.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import distributed
+from lightning_prune.structured.budgets import chosen, uniform
+from lightning_prune.structured.discover import discover
+from lightning_prune.structured.groups import Cut, Group, Kind, Plan
+from lightning_prune.structured.in_place import cut_in_place
+from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.unit_scores import Reduction, unit_scores
+from lightning_prune.types import Schedule
+
+__all__ = ["GradualShrink", "fit_to_shapes"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradualShrink:
+    """Options.
+
+    Args:
+        schedule: when units go, and what share of the first model's units is gone then.
+        kind: which units.
+        multiple_of: the number that stays is a multiple of it.
+    """
+
+    schedule: Schedule
+    kind: Kind = "ffn"
+    multiple_of: int = 1
+
+    def check(self, model: nn.Module, *, total_steps: int) -> None:
+        """Check, before any training time is spent, that the model can be shrunk so.
+
+        Raises:
+            ValueError: if the schedule does not fit the training, or these units cannot be cut or not so far.
+        """
+        self.schedule.resolve(total_steps)
+        for group in discover(model).of_kind(self.kind):
+            uniform(group, self.schedule.sparsity, self.multiple_of)
+
+    def after_step(
+        self,
+        model: nn.Module,
+        optimizers: Iterable[object],
+        *,
+        step: int,
+        total_steps: int,
+        wrapper: nn.Module | None = None,
+    ) -> bool:
+        """Cut the model if the schedule says so after `step` optimizer steps; return whether it did.
+
+        Under several processes every rank calls it.
+
+        Raises:
+            ValueError: if the model or the optimizers' state cannot be cut.
+        """
+        if not self.schedule.is_due(step, total_steps):
+            return False
+        sparsity = self.schedule.sparsity_at(step, total_steps)
+        structure = discover(model)
+        plan = self._plan(model, structure, sparsity)
+        if plan is None:
+            return False
+        config: Any = model.config
+        first = dict(getattr(config, "cut_from", None) or {})
+        for group in structure.of_kind(self.kind):
+            for name in group.fields:
+                first.setdefault(name, _value(config, name))
+        cut_in_place(model, plan, optimizers, wrapper=wrapper, structure=structure)
+        config = model.config
+        config.cut_from = first
+        now = {name: _value(config, name) for name in first}
+        distributed.log(logger, logging.INFO, "step %d: cut %s from %s to %s", step, self.kind, first, now)
+        return True
+
+    @torch.no_grad()
+    def _plan(self, model: nn.Module, structure: Structure, sparsity: float) -> Plan | None:
+        first: Mapping[str, int] = getattr(model.config, "cut_from", None) or {}
+        weights = {name: tensor.detach().abs() for name, tensor in model.state_dict(keep_vars=True).items()}
+        cuts = []
+        for group in structure.of_kind(self.kind):
+            keep = self._num_keep(group, first, sparsity)
+            if keep < group.num_units:
+                scores = unit_scores(group, weights, Reduction(members="all"))
+                cuts.append(Cut(group.key, chosen(group, scores, keep)))
+        return Plan(cuts=tuple(cuts), method={"name": type(self).__name__, "sparsity": sparsity}) if cuts else None
+
+    def _num_keep(self, group: Group, first: Mapping[str, int], sparsity: float) -> int:
+        """Return how many units stay: a share of those that the first model had."""
+        name, per_unit = next(iter(group.fields.items()))
+        num_first = group.num_units if name not in first else first[name] // per_unit
+        whole = Group(group.name, group.kind, group.layer, num_first, group.members, group.num_parts)
+        return min(group.num_units, uniform(whole, sparsity, self.multiple_of))
+
+
+def fit_to_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kind: Kind) -> None:
+    """Cut a model to the shapes of a checkpoint, so that its weights can be loaded; which units stay does not matter.
+
+    Args:
+        model: the full-size model.
+        shapes: of the checkpoint's tensors, under the model's names.
+        kind: the units that were cut.
+
+    Raises:
+        ValueError: if cutting these units does not give these shapes.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    if all(shapes.get(name, shape) == shape for name, shape in own.items()):
+        return
+    cuts = []
+    for group in discover(model).of_kind(kind):
+        member = group.members[0]
+        per_unit = sum(size for _, size in member.runs)
+        lost = own[member.name][member.dim] - shapes[member.name][member.dim]
+        size = (group.num_units - lost // per_unit) // group.num_parts
+        step = group.num_units // group.num_parts
+        keep = tuple(part * step + unit for part in range(group.num_parts) for unit in range(size))
+        cuts.append(Cut(group.key, keep))
+    first = {name: _value(model.config, name) for group in discover(model).of_kind(kind) for name in group.fields}
+    cut_in_place(model, Plan(cuts=tuple(cuts)))
+    config: Any = model.config
+    config.cut_from = first
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    odd = [name for name, shape in own.items() if shapes.get(name, shape) != shape]
+    if odd:
+        raise ValueError(f"the checkpoint has {odd[0]} of shape {shapes[odd[0]]}, which cutting {kind} does not give")
+
+
+def _value(config: Any, name: str) -> int:
+    for part in name.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return int(config)

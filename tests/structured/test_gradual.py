@@ -1,0 +1,74 @@
+"""Shrinking while training, in a bare loop."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_prune.schedules import Linear
+from lightning_prune.structured.gradual import GradualShrink, fit_to_shapes
+from tests.tiny_models import tiny_llama, token_windows
+
+
+def test_units_go_at_the_milestones_and_the_weakest_first() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=2, end=6, interval=2))
+    shrink.check(model, total_steps=8)
+    ids_NT = token_windows(2, 8)
+    widths = []
+    for step in range(1, 9):
+        model(input_ids=ids_NT, labels=ids_NT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mlp = model.model.layers[0].mlp
+        strength = sum(
+            w.abs().sum(d) for w, d in ((mlp.gate_proj.weight, 1), (mlp.up_proj.weight, 1), (mlp.down_proj.weight, 0))
+        )
+        was_cut = shrink.after_step(model, [optimizer], step=step, total_steps=8)
+        width = model.config.intermediate_size
+        widths.append(width)
+        if was_cut:
+            best = strength.argsort(descending=True)[:width].sort().values
+            kept = (
+                mlp.gate_proj.weight.abs().sum(1) + mlp.up_proj.weight.abs().sum(1) + mlp.down_proj.weight.abs().sum(0)
+            )
+            torch.testing.assert_close(kept, strength[best])
+    # half of 48 units between steps 2 and 6, in equal steps
+    assert widths == [48, 48, 48, 36, 36, 24, 24, 24]
+    assert model.config.cut_from == {"intermediate_size": 48}
+
+
+def test_a_checkpoint_remembers_what_it_was_cut_from(tmp_path: object) -> None:
+    model = tiny_llama()
+    shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4, interval=1))
+    shrink.after_step(model, [], step=2, total_steps=4)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.intermediate_size == 36
+    shrink.after_step(loaded, [], step=4, total_steps=4)
+    assert loaded.config.intermediate_size == 24  # half of 48, not of 36
+
+
+def test_heads_leave_evenly() -> None:
+    model = tiny_llama()  # 4 heads in 2 groups
+    shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=1, interval=1), kind="heads")
+    assert shrink.after_step(model, [], step=1, total_steps=2)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 2)
+
+
+def test_a_fresh_model_is_cut_to_the_shapes_of_a_checkpoint() -> None:
+    small, fresh = tiny_llama(), tiny_llama(seed=1)
+    GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4, interval=1)).after_step(
+        small, [], step=4, total_steps=4
+    )
+    state = small.state_dict()
+    fit_to_shapes(fresh, {name: tuple(tensor.shape) for name, tensor in state.items()}, "ffn")
+    fresh.load_state_dict(state)
+    assert fresh.config.cut_from == {"intermediate_size": 48}
+    with pytest.raises(ValueError, match="which cutting ffn does not give"):
+        fit_to_shapes(tiny_llama(), {**{n: tuple(t.shape) for n, t in state.items()}, "model.norm.weight": (7,)}, "ffn")
+
+
+def test_what_cannot_be_cut_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="channels cannot be cut"):
+        GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4), kind="channels").check(tiny_llama(), total_steps=4)
