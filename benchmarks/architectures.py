@@ -129,6 +129,32 @@ def generated(model: Any, ids: Tensor, *, use_cache: bool = True) -> list[list[i
     return out.tolist()
 
 
+def ask(
+    loader: Loader, model: Any, logits: Tensor, folder: Path, arguments: dict[str, Any], *, generates: bool
+) -> dict[str, Any]:
+    """Save a model and let the other process load it."""
+    model.save_pretrained(folder)
+    torch.save({"inputs": {"input_ids": token_ids()}, "logits": logits}, folder / "probe.pt")
+    return loader.ask(
+        {
+            "folder": str(folder),
+            "class": type(model).__name__,
+            "arguments": arguments,
+            "generates": generates,
+            "num_tokens": NUM_TOKENS,
+        }
+    )
+
+
+def survives_saving(model: Any, loader: Loader) -> bool:
+    """Return whether the uncut model, saved and loaded, is the same."""
+    arguments = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        logits = model(input_ids=token_ids(), **arguments).logits
+        answer = ask(loader, model, logits, Path(folder), arguments, generates=False)
+    return bool(answer.get("difference", 1.0) <= TOLERANCE)
+
+
 def check(model: Any, structure: Structure, kind: str, loader: Loader, folder: Path) -> dict[str, Any]:
     """Cut one kind of unit and compare."""
     try:
@@ -151,17 +177,7 @@ def check(model: Any, structure: Structure, kind: str, loader: Loader, folder: P
     with torch.no_grad():
         got = small(input_ids=ids, **arguments).logits
     gap = float((got - expected).abs().max())
-    small.save_pretrained(folder)
-    torch.save({"inputs": {"input_ids": ids}, "logits": got}, folder / "probe.pt")
-    answer = loader.ask(
-        {
-            "folder": str(folder),
-            "class": type(model).__name__,
-            "arguments": arguments,
-            "generates": tokens is not None,
-            "num_tokens": NUM_TOKENS,
-        }
-    )
+    answer = ask(loader, small, got, folder, arguments, generates=tokens is not None)
     result = {
         "max_difference": gap,
         "scale": float(expected.abs().max()),
@@ -191,6 +207,8 @@ def examine(name: str, loader: Loader) -> dict[str, Any]:
         model = build(name)
     except Unbuildable as error:
         return {"unbuildable": str(error)}
+    if not survives_saving(model, loader):
+        return {"unbuildable": "the uncut model is another one after save_pretrained and from_pretrained"}
     start = time.perf_counter()
     try:
         structure = discover(model, {"input_ids": token_ids()})

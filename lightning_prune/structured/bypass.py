@@ -47,7 +47,8 @@ def sub_blocks(model: nn.Module, groups: Sequence[Group]) -> dict[SubBlock, tupl
 
     Args:
         model: the model that the groups describe.
-        groups: those of kinds heads and kv_groups make attention parts, ffn and experts feed-forward parts.
+        groups: those of kinds heads and kv_groups make attention parts, ffn and experts feed-forward parts. Of a block
+            without the former, the only other child that holds matrices is taken for its attention.
 
     Returns:
         per sub-block, in order of blocks, one module, or the output projections where no module is the part alone.
@@ -60,8 +61,28 @@ def sub_blocks(model: nn.Module, groups: Sequence[Group]) -> dict[SubBlock, tupl
         if group.layer is not None and group.kind in PART_OF_KIND:
             found.setdefault(SubBlock(group.layer, PART_OF_KIND[group.kind]), []).append(group)
     modules = dict(model.named_modules(remove_duplicate=False))
-    blocks = {id(block) for block in find_blocks(model)}
-    return {key: _part_modules(key, found[key], modules, blocks) for key in sorted(found)}
+    blocks = find_blocks(model)
+    own = {id(block) for block in blocks}
+    parts = {key: _part_modules(key, found[key], modules, own) for key in found}
+    for key in list(parts):
+        attention = SubBlock(key.layer, "attention")
+        rest = None if attention in parts else _rest_of_block(blocks[key.layer], parts[key])
+        if rest is not None:
+            parts[attention] = (rest,)
+    return dict(sorted(parts.items()))
+
+
+def _rest_of_block(block: nn.Module, mlp: tuple[nn.Module, ...]) -> nn.Module | None:
+    """Return the one other child of a block that holds matrices: an attention whose heads cannot be cut."""
+    taken = {id(module) for module in mlp}
+    children = [
+        child
+        for child in block.children()
+        if sum(parameter.ndim > 1 for parameter in child.parameters()) > 1
+        and not any(id(module) in taken for module in child.modules())
+    ]
+    has_own_sum = len(children) == 1 and "residual" in inspect.signature(children[0].forward).parameters
+    return children[0] if len(children) == 1 and not has_own_sum else None
 
 
 def _part_modules(

@@ -26,7 +26,7 @@ from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.compensation import stream_compensations
 from lightning_prune.structured.fields import FFN_WORDS, Count, Fields, HeadFields
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan, zeroed
-from lightning_prune.structured.probe import TOLERANCE, difference, outputs, probe_inputs, skipping, tolerance
+from lightning_prune.structured.probe import TOLERANCE, decodes, difference, outputs, probe_inputs, skipping, tolerance
 from lightning_prune.structured.proposals import Proposal, Proposer
 from lightning_prune.structured.roles import Roles
 from lightning_prune.structured.stack import blocks_of, candidate_stacks, proven, representatives
@@ -222,7 +222,11 @@ class _Explorer:
         if torch.equal(expected, self.intact):
             return "leaving them out changes nothing that the probe can see, so that nothing can be proven"
         gap = difference(got, expected)
-        return None if gap <= TOLERANCE else f"a cut model computes something else than a masked one (by {gap:.1e})"
+        if not gap <= TOLERANCE:
+            return f"a cut model computes something else than a masked one (by {gap:.1e})"
+        is_cached = groups[0].kind in ("heads", "kv_groups", "channels")
+        is_lost = is_cached and not decodes(small, self.inputs) and decodes(self.model, self.inputs)
+        return "a cut model does not decode with its cache" if is_lost else None
 
     def find_hidden(self, count: Count) -> None:
         """Find the residual channels."""

@@ -57,18 +57,23 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def decodes(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Return whether the last token, read with the cache of those before it, gets the logits it gets without cache."""
-    ids_NT = inputs.get("input_ids")
-    if ids_NT is None or ids_NT.shape[1] < 2 or not hasattr(getattr(model, "config", None), "use_cache"):
+    """Return whether the model generates two tokens with its cache."""
+    generate: Any = getattr(model, "generate", None)
+    if not callable(generate) or "input_ids" not in inputs:
         return False
-    whole = outputs(model, inputs)
     with evaluating(model):
         try:
-            first: Any = model(input_ids=ids_NT[:, :-1], use_cache=True)
-            last: Any = model(input_ids=ids_NT[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+            generate(
+                inputs["input_ids"][:1],
+                max_new_tokens=2,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=-1,
+                pad_token_id=0,
+            )
         except Exception:  # noqa: BLE001 - whatever a class raises, it does not decode
             return False
-    return difference(last.logits[:, -1], whole[:, -1]) <= 100 * tolerance(whole)
+    return True
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

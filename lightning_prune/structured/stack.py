@@ -104,12 +104,14 @@ def _why_kept(
             expected = outputs(model, inputs)
     except Exception as error:  # noqa: BLE001 - whatever a class raises, the block stays, and the reason is told
         return " ".join(str(error).split()) or type(error).__name__
-    if torch.equal(expected, outputs(model, inputs)):
+    intact = outputs(model, inputs)
+    if torch.equal(expected, intact):
         return "removing it changes nothing that the probe can see"
     gap = difference(got, expected)
     if not gap <= TOLERANCE:
         return f"the model computes something else without it (by {gap:.1e})"
-    return None if decodes(small, inputs) or not decodes(model, inputs) else "the model cannot decode without it"
+    is_lost = not decodes(small, inputs) and decodes(model, inputs)
+    return "the model cannot decode without it" if is_lost else None
 
 
 def representatives(blueprint: Blueprint, model: nn.Module, stack: Stack) -> tuple[list[int], dict[int, int]]:

@@ -16,9 +16,12 @@ from lightning_prune.structured.bypass import (
     num_parameters,
     sub_blocks,
 )
+from lightning_prune.structured.discover import discover
 from lightning_prune.structured.groups import Group, Member
+from lightning_prune.structured.probe import outputs, probe_inputs
 from lightning_prune.targets import find_blocks
 from tests.structured.depth_models import FAMILIES, family_groups, padded_batches, shake, tiny_model
+from tests.structured.test_discover import build, randomised
 from tests.tiny_models import tiny_llama
 
 OUTPUTS = {
@@ -203,3 +206,23 @@ def test_errors_name_what_is_there() -> None:
         first_tensor({"a": 1})
     with pytest.raises(ValueError, match=r"no argument of the block has the shape \(2, 3\)"):
         block_input((torch.zeros(2),), {}, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt"])
+def test_attention_whose_heads_cannot_be_cut_is_found_beside_the_mlp(name: str) -> None:
+    """Discovery finds no head groups here; bypassing equals zeroed output projections all the same."""
+    model = randomised(build(name))
+    groups = list(discover(model).groups.values())
+    parts = sub_blocks(model, groups)
+    attention = SubBlock(1, "attention")
+    assert attention in parts
+    inputs = probe_inputs(model)
+    with bypassed(model, groups, parts=[attention]):
+        without = outputs(model, inputs)
+    projection = next(
+        module for name, module in parts[attention][0].named_modules() if name in ("c_proj", "dense", "out_proj")
+    )
+    with torch.no_grad():
+        projection.weight.zero_()
+        projection.bias.zero_()
+    torch.testing.assert_close(without, outputs(model, inputs), atol=1e-6, rtol=0)
