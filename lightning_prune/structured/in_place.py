@@ -61,24 +61,31 @@ def cut_in_place(
     removal = removal_of(structure.groups, cuts, blueprint.shapes)
     _check_state(inner, model)
     small = shrink(model, plan, structure=structure, inputs=inputs)
-    layers, stack = plan.layers, structure.stack
-    before = model.state_dict(keep_vars=True)
-    replaced: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, tensor in small.state_dict(keep_vars=True).items():
-        origin = name if layers is None or stack is None else stack.parent_name(name, layers)
-        if isinstance(tensor, nn.Parameter):
-            replaced.setdefault(id(before[origin]), (origin, tensor))
-    if layers is not None and stack is not None:
-        for container in stack.containers:
+    own = {id(tensor) for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values())}
+    replaced = _replacements(model, small, structure, plan)
+    if plan.layers is not None and structure.stack is not None:
+        for container in structure.stack.containers:
             blocks = model.get_submodule(container)
-            kept = [blocks.get_submodule(str(layer)) for layer in layers]
+            kept = [blocks.get_submodule(str(layer)) for layer in plan.layers]
             blocks._modules = {str(idx): block for idx, block in enumerate(kept)}
-    own = {id(parameter) for parameter in model.parameters()} | {id(tensor) for tensor in before.values()}
     _become(model, small)
     for optimizer in inner:
         _repoint(optimizer, own, replaced, removal)
     if wrapper is not None:
         distributed.rebuild(wrapper)
+
+
+def _replacements(
+    model: nn.Module, small: nn.Module, structure: Structure, plan: Plan
+) -> dict[int, tuple[str, nn.Parameter]]:
+    """Return id of a parameter -> its name and the parameter that takes its place."""
+    before, stack = model.state_dict(keep_vars=True), structure.stack
+    result: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, tensor in small.state_dict(keep_vars=True).items():
+        origin = name if plan.layers is None or stack is None else stack.parent_name(name, plan.layers)
+        if isinstance(tensor, nn.Parameter):
+            result.setdefault(id(before[origin]), (origin, tensor))
+    return result
 
 
 def _check_state(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
@@ -107,7 +114,7 @@ def _become(model: nn.Module, small: nn.Module) -> None:
         target._buffers = dict(source._buffers)
         for key, value in vars(source).items():
             if key not in common and not callable(value):  # sizes, head counts, the configuration
-                vars(target)[key] = value
+                target.__dict__[key] = value
 
 
 def _repoint(

@@ -66,9 +66,9 @@ def decodes(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
             generate(
                 inputs["input_ids"][:1],
                 max_new_tokens=2,
+                min_new_tokens=2,
                 do_sample=False,
                 use_cache=True,
-                eos_token_id=-1,
                 pad_token_id=0,
             )
         except Exception:  # noqa: BLE001 - whatever a class raises, it does not decode

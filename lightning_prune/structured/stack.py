@@ -30,7 +30,9 @@ def candidate_stacks(model: nn.Module, blueprint: Blueprint) -> Iterator[Stack]:
         if not outermost:
             continue
         per_layer = tuple(
-            ".".join(other) for other, value in flat.items() if isinstance(value, list) and len(value) == number
+            ".".join(other)
+            for other, value in flat.items()
+            if isinstance(value, list) and len(value) == number and other[0] != "per_layer_config"
         )
         stack = Stack(outermost, ".".join(path), per_layer, number)
         owned = _owned(blueprint, stack)

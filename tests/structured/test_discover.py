@@ -112,7 +112,8 @@ def test_every_kind_found_is_cut_exactly_and_layers_can_go(name: str) -> None:
         with masked(model, structure, plan):
             torch.testing.assert_close(outputs(small, inputs), outputs(model, inputs), atol=1e-5, rtol=0)
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-    assert structure.stack is not None and structure.stack.removable
+    assert structure.stack is not None
+    assert structure.stack.removable
     layers = tuple(range(structure.stack.num_layers))[:-1]
     small = shrink(model, Plan(layers=layers), structure=structure)
     with masked(model, structure, Plan(layers=layers)):
@@ -124,14 +125,17 @@ def test_every_kind_found_is_cut_exactly_and_layers_can_go(name: str) -> None:
 def test_groups_of_llama_are_those_of_its_equations() -> None:
     structure = discover(tiny_llama(layers=4))
     ffn = structure.groups["model.layers.3.mlp:ffn"]
-    assert ffn.num_units == 48 and ffn.layer == 3 and ffn.fields == {"intermediate_size": 1}
+    assert ffn.num_units == 48
+    assert ffn.layer == 3
+    assert ffn.fields == {"intermediate_size": 1}
     assert set(ffn.members) == {
         Member("model.layers.3.mlp.gate_proj.weight", 0, ((0, 1),), "out"),
         Member("model.layers.3.mlp.up_proj.weight", 0, ((0, 1),), "out"),
         Member("model.layers.3.mlp.down_proj.weight", 1, ((0, 1),), "in"),
     }
     groups = structure.groups["model.layers.2.self_attn:kv_groups"]
-    assert groups.num_units == 2 and groups.fields == {"num_key_value_heads": 1, "num_attention_heads": 2}
+    assert groups.num_units == 2
+    assert groups.fields == {"num_key_value_heads": 1, "num_attention_heads": 2}
     assert set(groups.members) == {
         Member("model.layers.2.self_attn.q_proj.weight", 0, ((0, 16),), "out"),
         Member("model.layers.2.self_attn.k_proj.weight", 0, ((0, 8),), "out"),
@@ -139,7 +143,9 @@ def test_groups_of_llama_are_those_of_its_equations() -> None:
         Member("model.layers.2.self_attn.o_proj.weight", 1, ((0, 16),), "in"),
     }
     heads = structure.groups["model.layers.0.self_attn:heads"]
-    assert heads.num_units == 4 and heads.num_parts == 2 and heads.pins == {"head_dim": 8}
+    assert heads.num_units == 4
+    assert heads.num_parts == 2
+    assert heads.pins == {"head_dim": 8}
 
 
 def test_the_order_of_units_in_fused_tensors_is_found() -> None:
@@ -173,15 +179,18 @@ def test_vision_encoders_read_pixels() -> None:
     )
     model = randomised(ViTForImageClassification(config))
     structure = discover(model)
-    assert "ffn" in structure.kinds and "layers" in structure.kinds
+    assert "ffn" in structure.kinds
+    assert "layers" in structure.kinds
     plan = Plan(cuts=tuple(Cut(g.key, tuple(range(24))) for g in structure.of_kind("ffn")), layers=(0, 2))
     small = shrink(model, plan, structure=structure)
-    assert small.config.intermediate_size == 24 and small.config.num_hidden_layers == 2
+    assert small.config.intermediate_size == 24
+    assert small.config.num_hidden_layers == 2
 
 
 def test_alike_blocks_are_proven_on_two_of_them() -> None:
     few, many = discover(tiny_llama(layers=3)), discover(tiny_llama(layers=7))
-    assert many.stack is not None and many.stack.removable == tuple(range(7))
+    assert many.stack is not None
+    assert many.stack.removable == tuple(range(7))
     assert len(many.groups) - 1 == 7 * (len(few.groups) - 1) // 3
     hidden = many.groups["residual:hidden"]
     assert {member.name for member in hidden.members} == set(tiny_llama(layers=7).state_dict())

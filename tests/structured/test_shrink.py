@@ -103,7 +103,8 @@ def test_the_smaller_model_can_be_trained_resized_and_cut_again() -> None:
     again = shrink(
         small, Plan(tuple(Cut(g.key, tuple(range(16))) for g in structure.of_kind("ffn"))), structure=structure
     )
-    assert again.config.intermediate_size == 16 and again.config.vocab_size == 70
+    assert again.config.intermediate_size == 16
+    assert again.config.vocab_size == 70
 
 
 def test_consuming_gives_the_same_model_and_frees_the_parent() -> None:
