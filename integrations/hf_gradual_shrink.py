@@ -1,4 +1,4 @@
-"""Shrink a model while a Transformers `Trainer` trains it: `Trainer(callbacks=[ShrinkingCallback(GradualShrink(...))])`.
+"""Shrink a model while a `Trainer` of Transformers trains it: `callbacks=[ShrinkingCallback(GradualShrink(...))]`.
 
 A checkpoint holds the model as small as it is then. To resume, load the model from the checkpoint:
 `Trainer(model=AutoModelForCausalLM.from_pretrained(folder), ...).train(resume_from_checkpoint=folder)`.

@@ -9,6 +9,7 @@ Cost: a build on the meta device takes milliseconds to tens of milliseconds for 
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Blueprint:
 
     def skeleton(self, edits: Mapping[Path, Any]) -> nn.Module:
         """Return the class built on the meta device."""
-        with torch.device("meta"):
+        with torch.device("meta"), _without_initialization(self.model_class):
             model: nn.Module = self.model_class(self.configuration(edits))
         return model
 
@@ -126,6 +127,22 @@ class Blueprint:
                 {(name, dim): pair for dim, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]}
             )
         return result
+
+
+@contextmanager
+def _without_initialization(model_class: Any) -> Iterator[None]:
+    """Leave out the drawing of weights that have no values, where the class does it in a method of its own."""
+    name = "initialize_weights"
+    own = vars(model_class).get(name)
+    if hasattr(model_class, name):
+        setattr(model_class, name, lambda model, *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            setattr(model_class, name, own)
+        elif name in vars(model_class):
+            delattr(model_class, name)
 
 
 def _key(edits: Mapping[Path, Any]) -> str:

@@ -41,7 +41,7 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
             "of keyword arguments of its forward"
         )
     low = min(4, vocab - 1)
-    return {"input_ids": torch.randint(low, vocab, (2, 12), generator=generator).to(first.device)}
+    return {"input_ids": torch.randint(low, vocab, (2, 6), generator=generator).to(first.device)}
 
 
 @torch.no_grad()

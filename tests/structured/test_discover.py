@@ -227,3 +227,11 @@ def test_position_dependent_blocks_are_only_removable_where_that_is_exact() -> N
     fixed = dataclasses.replace(structure, stack=dataclasses.replace(structure.stack, kept_always={1: "it is special"}))
     with pytest.raises(ValueError, match="layer 1 cannot be removed: it is special"):
         shrink(model, Plan(layers=(0, 2)), structure=fixed)
+
+
+def test_only_the_kinds_asked_for_are_looked_for() -> None:
+    structure = discover(tiny_llama(layers=3), kinds=("ffn",))
+    assert structure.kinds == ("ffn",)
+    assert structure.groups.keys() == {f"model.layers.{layer}.mlp:ffn" for layer in range(3)}
+    with pytest.raises(ValueError, match="layers were not looked for"):
+        shrink(tiny_llama(layers=3), Plan(layers=(0, 1)), structure=structure)
