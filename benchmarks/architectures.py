@@ -35,7 +35,7 @@ from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.shrink import masked, shrink
 from lightning_prune.structured.structure import Structure
 
-KINDS = ("ffn", "heads", "layers", "hidden", "channels")
+KINDS = ("ffn", "heads", "layers", "hidden", "experts", "channels")
 TOLERANCE = 1e-5  # largest difference of logits, as a share of the largest logit or of one if that is smaller
 NUM_TOKENS = 8
 

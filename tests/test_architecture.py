@@ -44,6 +44,7 @@ FLOORS: dict[str, float] = {
     "saved_state": 2,
     "structured.groups": 1,
     "structured.blueprint": 2,
+    "structured.expert_mask": 2,
     "structured.cutting": 2,
     "structured.roles": 2,
     "structured.structure": 2,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_prune.structured.blueprint import Blueprint, Change
 from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.compensation import stream_compensations
+from lightning_prune.structured.expert_mask import routed_around
 from lightning_prune.structured.fields import FFN_WORDS, Count, Fields, HeadFields
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan, zeroed
 from lightning_prune.structured.probe import TOLERANCE, decodes, difference, outputs, probe_inputs, skipping, tolerance
@@ -159,8 +160,8 @@ class _Explorer:
             self.refused["layers"] = next(iter(self.stack.kept_always.values()))
         for heads in self.fields.heads() if wanted & {"heads", "kv_groups"} else ():
             self.find_heads(heads)
-        for count in self.fields.inner() if wanted & {"ffn", "channels"} else ():
-            if _is_ffn(count.name) or "channels" in wanted:
+        for count in self.fields.inner() if wanted & {"ffn", "channels", "experts"} else ():
+            if _is_ffn(count.name) or wanted & {"channels", "experts"}:
                 self.find_inner(count)
         for count in self.fields.hidden() if "hidden" in wanted else ():
             self.find_hidden(count)
@@ -189,9 +190,25 @@ class _Explorer:
     def find_inner(self, count: Count) -> None:
         """Find units inside of modules: those of FFNs, and the widths of other bottlenecks."""
         effect = self.fields.effect([count])
-        if effect and effect[0]:
-            kind: Kind = "ffn" if _is_ffn(count.name) else "channels"
-            self.accept(Proposal(kind, (count,)), effect)
+        if effect is None or not effect[0]:
+            return
+        if self.proposer.counts_experts(effect[0]):
+            self.find_experts(count, *effect)
+            return
+        kind: Kind = "ffn" if _is_ffn(count.name) else "channels"
+        self.accept(Proposal(kind, (count,)), effect)
+
+    def find_experts(self, count: Count, change: Change, factor: float) -> None:
+        """Find whole experts."""
+        try:
+            groups = self.proposer.expert_groups(count, change, factor)
+            reason = self.why_wrong(groups)
+        except ValueError as error:
+            reason = str(error)
+        if reason is None:
+            self.groups.update({group.key: group for group in groups})
+        else:
+            self.refused.setdefault("experts", reason)
 
     def accept(self, proposal: Proposal, effect: tuple[Change, float] | None) -> None:
         """Accept the groups that a field counts if some order of their units is proven right."""
@@ -224,7 +241,7 @@ class _Explorer:
             plain = Structure(by_key, None)
             small = build_smaller(self.model, plain, Plan(cuts=cuts), share=True, blueprint=self.blueprint)
             got = outputs(small, self.inputs)
-            with zeroed(self.model, by_key, cuts):
+            with zeroed(self.model, by_key, cuts), routed_around(self.model, by_key, cuts):
                 expected = outputs(self.model, self.inputs)
         except Exception as error:  # noqa: BLE001 - whatever a class raises on wrong shapes, the proposal is wrong
             return " ".join(str(error).split()) or type(error).__name__

@@ -160,14 +160,17 @@ class Plan:
 
 @contextmanager
 def zeroed(model: nn.Module, groups: Mapping[str, Group], cuts: Sequence[Cut]) -> Iterator[None]:
-    """Set the slices of all removed units to zero, and put the very same numbers back afterwards."""
+    """Set the slices of all removed units to zero, and put the very same numbers back afterwards.
+
+    Experts keep their weights: see `expert_mask`.
+    """
     tensors = model.state_dict(keep_vars=True)
     backups: list[tuple[Tensor, int, Tensor, Tensor]] = []
     try:
         for cut in cuts:
             group = groups[cut.group]
             removed = sorted(set(range(group.num_units)) - set(cut.keep))
-            for member in group.members if removed else ():
+            for member in group.members if removed and group.kind != "experts" else ():
                 data, dim = tensors[member.name].data, member.dim
                 if member.expert is not None:
                     data, dim = data[member.expert], dim - 1

@@ -134,6 +134,38 @@ class Proposer:
             raise ValueError(f"{module} mixes the tensors of stacked experts with others over the same units")
         return [(f"{module}.{expert}", expert) for expert in range(self.roles.tensors[stacked[0].name].shape[0])]
 
+    def expert_groups(self, count: Count, change: Change, factor: float) -> list[Group]:
+        """Return the groups of whole experts, stacked in tensors, with their routers.
+
+        Raises:
+            ValueError: if the field does not count experts alone.
+        """
+        dimensions = self.dimensions(count, change, factor)
+        if any(d.dim or d.per_unit != 1 or d.rest for d in dimensions):
+            raise ValueError(f"{count.name} counts more than stacked experts")
+        by_layer: dict[int | None, list[Dimension]] = {}
+        for dimension in dimensions:
+            by_layer.setdefault(self.layer(dimension.name), []).append(dimension)
+        return [
+            Group(
+                name=_common_module([d.name for d in below]),
+                kind="experts",
+                layer=layer,
+                num_units=count.at(layer),
+                members=tuple(
+                    Member(d.name, 0, ((0, 1),), "out" if self.roles.is_stacked(d.name) else "vector") for d in below
+                ),
+                fields={count.name: 1},
+            )
+            for layer, below in by_layer.items()
+        ]
+
+    def counts_experts(self, change: Change) -> bool:
+        """Return whether what changes is the number of stacked matrices and the rows of a router."""
+        ranks = {self.roles.tensors[name].ndim for name, dim in change if dim == 0}
+        stacked = any(self.roles.is_stacked(name) and dim == 0 for name, dim in change)
+        return stacked and 2 in ranks
+
     def residual(self, count: Count, change: Change, factor: float, pins: Mapping[Path, int]) -> Group:
         """Return the group of residual channels.
 
@@ -157,3 +189,11 @@ class Proposer:
             fields={count.name: 1},
             pins={".".join(path): value for path, value in pins.items()},
         )
+
+
+def _common_module(names: Sequence[str]) -> str:
+    """Return the module that holds all tensors of these names."""
+    parts = [name.split(".")[:-1] for name in names]
+    return ".".join(
+        same[0] for same in itertools.takewhile(lambda part: len(set(part)) == 1, zip(*parts, strict=False))
+    )

@@ -13,6 +13,7 @@ from lightning_prune.structured.blueprint import Blueprint
 from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.cutting import without_orphans
 from lightning_prune.structured.discover import discover
+from lightning_prune.structured.expert_mask import routed_around
 from lightning_prune.structured.groups import Plan, zeroed
 from lightning_prune.structured.probe import difference, outputs, probe_inputs, skipping, tolerance
 from lightning_prune.structured.stack import blocks_of
@@ -27,6 +28,7 @@ def masked(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]
     with ExitStack() as changes:
         cuts = tuple(without_orphans(structure.groups, plan.cuts).values())
         changes.enter_context(zeroed(model, structure.groups, cuts))
+        changes.enter_context(routed_around(model, structure.groups, cuts))
         if plan.layers is not None and structure.stack is not None:
             structure.stack.check_layers(plan.layers)
             removed = sorted(set(range(structure.stack.num_layers)) - set(plan.layers))

@@ -87,7 +87,7 @@ FOUND = {
     "qwen2": {"ffn", "heads", "kv_groups", "hidden"},
     "gemma2": {"ffn", "heads", "kv_groups", "hidden"},
     "olmo2": {"ffn", "heads", "kv_groups", "hidden"},
-    "qwen3_moe": {"ffn", "heads", "hidden"},
+    "qwen3_moe": {"ffn", "heads", "hidden", "experts"},
     "mamba": {"channels", "hidden"},
     "gpt2": {"ffn"},
     "gpt_neox": {"ffn"},
@@ -235,3 +235,23 @@ def test_only_the_kinds_asked_for_are_looked_for() -> None:
     assert structure.groups.keys() == {f"model.layers.{layer}.mlp:ffn" for layer in range(3)}
     with pytest.raises(ValueError, match="layers were not looked for"):
         shrink(tiny_llama(layers=3), Plan(layers=(0, 1)), structure=structure)
+
+
+def test_removed_experts_get_no_tokens() -> None:
+    """The masked model equals one whose router never chooses the removed experts, worked by hand."""
+    model = randomised(build("qwen3_moe"))
+    structure = discover(model, kinds=("experts",))
+    group = structure.of_kind("experts")[0]
+    assert group.num_units == 4
+    plan = Plan(cuts=tuple(Cut(g.key, (0, 2, 3)) for g in structure.of_kind("experts")))
+    hidden_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    router = model.model.layers[0].mlp.gate
+    with masked(model, structure, plan), torch.no_grad():
+        _, weights_TK, chosen_TK = router(hidden_TD)
+    logits_TE = hidden_TD @ router.weight.T
+    logits_TE[:, 1] = -torch.inf
+    share_TK, expected_TK = logits_TE.softmax(-1).topk(2, dim=-1)
+    assert torch.equal(chosen_TK, expected_TK)
+    del weights_TK, share_TK
+    small = shrink(model, plan, structure=structure)
+    assert small.config.num_experts == 3
