@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_prune.export.dense import export_dense
-from lightning_prune.export.folder import check_free
+from lightning_prune.export.folder import PLAN_NAME, check_free
 from lightning_prune.export.huggingface import export_huggingface
 from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.integrations.text_documents import read_documents
@@ -29,6 +29,7 @@ __all__ = [
     "calibration_windows",
     "export_model",
     "load_model",
+    "longest_sequence",
     "run_oneshot",
 ]
 
@@ -48,6 +49,7 @@ def run_oneshot(
     sequence_length: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Report:
     """Prune a model once and write it, with a report if the recipe names a folder for that.
 
@@ -61,6 +63,7 @@ def run_oneshot(
         sequence_length: tokens per sequence; the longest the model reads, 2048 at most, if left out.
         batch_size: sequences that go through the model together.
         device: a torch device, or `auto` for an accelerator if there is one.
+        trust_remote_code: whether to run the modelling file that lies in the model's folder.
 
     Raises:
         ValueError: if an input is wrong; nothing has been written then.
@@ -68,15 +71,15 @@ def run_oneshot(
     recipe = Recipe.load(config, overrides=overrides)
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
-    if data is not None and not recipe.prune.scorer.needs:
-        name = type(recipe.prune.scorer).__name__
+    if data is not None and not recipe.masking().scorer.needs:
+        name = type(recipe.masking().scorer).__name__
         raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
-    needs_text = bool(recipe.prune.scorer.needs)
+    needs_text = bool(recipe.masking().scorer.needs)
     texts = [document.text for document in read_documents(data)] if needs_text else []
-    network, tokenizer = load_model(model, device=device)
+    network, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     batches: list[dict[str, Tensor]] = []
     if needs_text:
-        length = sequence_length or min(_LONGEST, _longest(network))
+        length = sequence_length or longest_sequence(network)
         windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
         batches = calibration_batches(windows_NT, batch_size=batch_size, device=network.device)
     report = run.prune_once(network, batches, tokenizer=tokenizer)
@@ -84,8 +87,13 @@ def run_oneshot(
     return report
 
 
-def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_model(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """Open a causal language model and its tokenizer, the tokenizer None where there is none.
+
+    Args:
+        name: a model folder or a hub id.
+        device: a torch device, or `auto` for an accelerator if there is one.
+        trust_remote_code: whether to run a modelling file that comes with the model.
 
     Raises:
         ValueError: if there is no such model.
@@ -97,12 +105,18 @@ def load_model(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, Any
         raise ValueError(f"there is no model folder {name}; name a folder with a config.json, or a hub id")
     source = str(folder) if folder.exists() else name
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} comes with a modelling file of its own; look at it, and give --trust_remote_code to run it"
+        ) from error
     except OSError as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot open the model {name!r}: {first}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         logger.warning("%s has no tokenizer", name)
         tokenizer = None
@@ -142,13 +156,14 @@ def calibration_batches(ids_NT: Tensor, *, batch_size: int, device: torch.device
     return [{"input_ids": ids.to(device), "labels": ids.to(device)} for ids in ids_NT.split(batch_size)]
 
 
-def export_model(name: str, out: str, *, form: str) -> Path:
+def export_model(name: str, out: str, *, form: str, trust_remote_code: bool = False) -> Path:
     """Write a model folder in another form; its `sparsity.json`, if it has one, says what the targets were.
 
     Args:
         name: a model folder or a hub id, for example a checkpoint of a training run.
         out: a folder that does not exist yet or is empty.
         form: `dense` or `huggingface`.
+        trust_remote_code: whether to run a modelling file that comes with the model.
 
     Returns:
         What was written.
@@ -157,15 +172,20 @@ def export_model(name: str, out: str, *, form: str) -> Path:
         ValueError: if the model cannot be opened or the folder is not empty.
     """
     check_free(out)
-    model, tokenizer = load_model(name, device="cpu")
+    model, tokenizer = load_model(name, device="cpu", trust_remote_code=trust_remote_code)
     path = Path(name).expanduser() / "sparsity.json"
     note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     targets = Targets(include=tuple(note.get("targets", ())))
     report = measure(model, targets.resolve(model), step=0)
     if form == "dense":
         return export_dense(model, out, report=report, recipe=note.get("recipe"))
-    return export_huggingface(model, out, tokenizer=tokenizer, report=report, recipe=note.get("recipe"))
+    plan_file = path.with_name(PLAN_NAME)
+    plan_note = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
+    return export_huggingface(
+        model, out, tokenizer=tokenizer, report=report, recipe=note.get("recipe"), plan_note=plan_note
+    )
 
 
-def _longest(model: PreTrainedModel) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or _LONGEST)
+def longest_sequence(model: PreTrainedModel) -> int:
+    """Return how many tokens a calibration sequence has at most: what the model reads, 2048 at most."""
+    return min(_LONGEST, int(getattr(model.config, "max_position_embeddings", None) or _LONGEST))

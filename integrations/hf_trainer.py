@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError('PruningCallback needs transformers: pip install "lightning_prune[hf]"') from error
 
-__all__ = ["SIDE_FILE", "PruningCallback"]
+__all__ = ["SIDE_FILE", "PruningCallback", "calling_trainer"]
 
 SIDE_FILE = "lightning_prune.pt"
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore what the checkpoint holds, and attach."""
-        trainer, resumed_from = _calling_trainer()
+        trainer, resumed_from = calling_trainer()
         if state.global_step > 0:
             folder = Path(resumed_from or _checkpoint_folder(args, state))
             self.run.load_state_dict(_read_side_file(folder, state.global_step))
@@ -137,7 +137,7 @@ def _read_side_file(folder: Path, global_step: int) -> dict[str, Any]:
     return run
 
 
-def _calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
+def calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
     """Return the Trainer whose event this is, and the folder it resumes from.
 
     Transformers tells a callback neither; both stand in the frames of the training loop that is calling.

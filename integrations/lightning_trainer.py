@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError('PruningCallback needs lightning: pip install "lightning_prune[lightning]"') from error
 
-__all__ = ["PruningCallback"]
+__all__ = ["PruningCallback", "total_steps"]
 
 
 class PruningCallback(Callback):
@@ -34,7 +34,7 @@ class PruningCallback(Callback):
         self.run.start(
             pl_module,
             trainer.optimizers,
-            total_steps=_total_steps(trainer),
+            total_steps=total_steps(trainer),
             tokenizer=_tokenizer(trainer, pl_module),
             log=lambda metrics: _log(trainer, metrics),
         )
@@ -76,7 +76,7 @@ class PruningCallback(Callback):
         self.run.load_state_dict(state_dict)
 
 
-def _total_steps(trainer: Trainer) -> int:
+def total_steps(trainer: Trainer) -> int:
     """Return the optimizer steps of the whole training.
 
     Raises:

@@ -3,6 +3,7 @@
 The adapters call it at their trainer's moments; it knows no trainer.
 """
 
+import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,10 @@ from lightning_prune import distributed, report_page
 from lightning_prune.export.dense import export_dense
 from lightning_prune.export.folder import check_free
 from lightning_prune.export.huggingface import check_huggingface, export_huggingface
-from lightning_prune.recipe import Recipe
+from lightning_prune.export.plan_note import num_parameters, plan_note
+from lightning_prune.granularity import Channel
+from lightning_prune.recipe import Export, Recipe
+from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
 from lightning_prune.types import Report
 
 __all__ = ["PruningRun", "language_model"]
@@ -51,6 +55,9 @@ class PruningRun:
         self._log: Log = lambda metrics: None
         self._num_logged = -1
         self._last_evaluated = -1
+        self._notes: list[str] = []
+        if self.recipe.shrink is not None and (self.recipe.export is None or self.recipe.export.dir is None):
+            raise ValueError("shrink.zeros has no effect without a folder for the smaller model; set export.dir")
         if self.recipe.report.dir is not None:
             report_page.check_requirements()
         if self.recipe.export is not None and self.recipe.export.dir is not None:
@@ -76,6 +83,8 @@ class PruningRun:
         """
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
+        self._notes = []
+        self._check_shrink(model)
         self._check_language_model(model)
         if not self.sparsifier.is_restoring:
             self._evaluate_dense(model)
@@ -85,11 +94,17 @@ class PruningRun:
     def prune_once(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, tokenizer: Any) -> Report:
         """Evaluate, prune once, evaluate, report and export, each as far as the recipe asks for it."""
         self._model, self._tokenizer = model, tokenizer
+        self._check_shrink(model)
         self._check_language_model(model)
         self._evaluate_dense(model)
-        report = self.sparsifier.prune_once(model, batches)
+        self.sparsifier.prune_once(model, batches)
         self._conclude()
-        return report
+        return self.report()
+
+    def report(self) -> Report:
+        """Return what was pruned, and what became of it in the export."""
+        report = self.sparsifier.report()
+        return dataclasses.replace(report, notes=(*report.notes, *self._notes))
 
     def _evaluate_dense(self, model: nn.Module) -> None:
         self.evaluations.clear()
@@ -107,6 +122,16 @@ class PruningRun:
         export = self.recipe.export
         if export is not None and export.dir is not None and export.format == "huggingface":
             check_huggingface(model if found is None else found, export.dir)
+
+    def _check_shrink(self, model: nn.Module) -> None:
+        """Check that the masks of this recipe can end in a smaller model."""
+        if self.recipe.shrink is None or self.sparsifier.is_restoring:
+            return
+        found, prune = language_model(model), self.recipe.masking()
+        if found is None:
+            raise ValueError("shrink.zeros cuts a Hugging Face model, and none was found in this training")
+        assert isinstance(prune.granularity, Channel)
+        check_masks_cut_units(found, prune.targets.resolve(model), prune.granularity.width)
 
     def after_step(self) -> None:
         """Log and evaluate what an optimizer step has made due; collective."""
@@ -160,8 +185,10 @@ class PruningRun:
     def _conclude(self) -> None:
         if self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at:
             self._evaluate("after", self.sparsifier.report())
-        self._write_report()
-        self._export()
+        try:
+            self._export()
+        finally:
+            self._write_report()
         self._model = None
 
     def abort(self) -> None:
@@ -174,7 +201,7 @@ class PruningRun:
         if self.recipe.report.dir is not None and distributed.is_first_rank():
             page = report_page.write_report(
                 self.recipe.report.dir,
-                report=self.sparsifier.report().as_dict(),
+                report=self.report().as_dict(),
                 history=self.sparsifier.history,
                 evaluations=self.evaluations,
                 recipe_text=self.recipe.dump(),
@@ -191,12 +218,39 @@ class PruningRun:
         state = distributed.whole_state_dict(exported)
         if not distributed.is_first_rank():
             return
-        common: Any = {"state_dict": state, "report": self.sparsifier.report(), "recipe": self.recipe.as_dict()}
+        if self.recipe.shrink is not None:
+            self._export_smaller(exported, state, options.dir)
+            return
+        self._export_whole(exported, state, options)
+
+    def _export_whole(self, exported: nn.Module, state: Mapping[str, Tensor], options: Export) -> None:
+        assert options.dir is not None
+        common: Any = {"state_dict": state, "report": self.report(), "recipe": self.recipe.as_dict()}
         if options.format == "huggingface":
             export_huggingface(exported, options.dir, tokenizer=self._tokenizer, **common)
         else:
             export_dense(exported, options.dir, **common)
         logger.info("exported: %s", options.dir)
+
+    def _export_smaller(self, masked: nn.Module, state: Mapping[str, Tensor], folder: str) -> None:
+        """Write the model without its masked units; if they cannot be cut, the masked model, and say so.
+
+        Raises:
+            ValueError: if the units cannot be cut.
+        """
+        before = num_parameters(masked)
+        try:
+            small, plan = cut_zeros(masked, state)
+        except (ValueError, RuntimeError) as error:
+            self._notes.append(f"not shrunk: {error}")
+            self._export_whole(masked, state, Export(format="huggingface", dir=folder))
+            raise ValueError(f"{error}; {folder} holds the masked model in its full shape") from error
+        after = num_parameters(small)
+        self._notes += [*plan.method["notes"], f"shrunk: {before} parameters before, {after} after"]
+        counts = {"parameters": {"before": before, "after": after}}
+        note = plan_note(plan, parent=masked, repaired=True, metrics=counts, recipe=self.recipe.as_dict())
+        export_huggingface(small, folder, tokenizer=self._tokenizer, plan_note=note)
+        logger.info("shrunk from %d to %d parameters; exported: %s", before, after, folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain values and tensors; collective."""

@@ -182,7 +182,7 @@ class _Job:
 
     def _check_pruning(self) -> None:
         """Let everything that can be wrong with the pruning be said before the dense training."""
-        prune = self.recipe.prune
+        prune = self.recipe.masking()
         for binding in prune.targets.resolve(self.module):
             prune.granularity.check(binding.name, binding.shape_OI)
         prune.schedule.resolve(self.recipe.trainer["max_steps"])
@@ -201,7 +201,7 @@ class _Job:
 
     def _prune_once(self) -> None:
         with self._timed("one_shot", "pruning the dense model at once, for comparison"):
-            number = _CALIBRATION_BATCHES if self.recipe.prune.scorer.needs else 0
+            number = _CALIBRATION_BATCHES if self.recipe.masking().scorer.needs else 0
             batches = list(islice(self.data.train_dataloader(), number))
             self.recipe.sparsifier().prune_once(self.module.model, batches)
 
@@ -221,7 +221,7 @@ class _Job:
     def _row(self, name: str, scores: Scores) -> Row:
         """Measure the model as it is now; its scores on the tasks are known."""
         values = self._trainer(None).validate(self.module, datamodule=self.data, verbose=False)[0]
-        report = measure(self.module, self.recipe.prune.targets.resolve(self.module), step=0)
+        report = measure(self.module, self.recipe.masking().targets.resolve(self.module), step=0)
         return Row(
             model=name,
             num_parameters=report.num_parameters,

@@ -19,17 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from lightning_prune import registry
+from lightning_prune import cli_options, registry
 
 __all__ = ["main"]
 
-OWN_SECTIONS = ("prune", "recover", "evaluate", "export", "report", "seed")
+OWN_SECTIONS = ("prune", "shrink", "recover", "evaluate", "export", "report", "seed")
 RUN_SECTIONS = ("trainer", "model", "data")
-
-_OVERRIDES = """
-Every value of the recipe can be overridden: --prune.schedule.sparsity=0.7, --prune.scorer=Magnitude,
---evaluate=null, --seed=1. --print_config shows the whole recipe and does nothing.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Any, text: str, *, takes_recipe: bool = True) -> argparse.ArgumentParser:
-        epilog = _OVERRIDES if takes_recipe else None
+        epilog = cli_options.OVERRIDES if takes_recipe else None
         added = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         added.add_argument("--traceback", action="store_true", help="show where an error came from")
         if takes_recipe:
@@ -92,66 +87,21 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    _add_run(add("run", _run, "Train and prune with Lightning, from a recipe."))
-    _add_oneshot(add("oneshot", _oneshot, "Prune a model once, from calibration text, and export it."))
-    _add_exec(add("exec", _exec, "Run an unmodified training program with the recipe's callback added."))
-    _add_quickstart(add("quickstart", _quickstart, "Train, prune, evaluate and export a small model, on local text."))
-    _add_eval(add("eval", _eval, "Evaluate a model folder with lm-eval.", takes_recipe=False))
-    _add_export(add("export", _export, "Write a sparse model folder in another form.", takes_recipe=False))
+    cli_options.add_run(add("run", _run, "Train and prune with Lightning, from a recipe."))
+    cli_options.add_oneshot(
+        add("oneshot", _oneshot, "Prune or shrink a model once, from calibration text, and export it.")
+    )
+    cli_options.add_inspect(
+        add("inspect", _inspect, "Show what can be cut from a model, and what not.", takes_recipe=False)
+    )
+    cli_options.add_exec(add("exec", _exec, "Run an unmodified training program with the recipe's callback added."))
+    cli_options.add_quickstart(
+        add("quickstart", _quickstart, "Train, prune, evaluate and export a small model, on local text.")
+    )
+    cli_options.add_eval(add("eval", _eval, "Evaluate a model folder with lm-eval.", takes_recipe=False))
+    cli_options.add_export(add("export", _export, "Write a sparse model folder in another form.", takes_recipe=False))
     add("methods", _methods, "List what recipes can choose from, with sources.", takes_recipe=False)
     return parser
-
-
-def _add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    parser.add_argument("--config", required=default is None, default=default, help="a packaged recipe or a YAML file")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.add_argument("--ckpt_path", help="a Lightning checkpoint to resume from")
-    parser.epilog = (
-        f"{_OVERRIDES} Options of the trainer, model and data sections are LightningCLI's: --trainer.max_steps=100, "
-        "--model my_package.MyModule, --data my_package.MyData; --model PATH_OR_HUB_ID opens a causal language model."
-    )
-
-
-def _add_oneshot(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.add_argument("--model", help="a model folder or a hub id")
-    parser.add_argument("--out", help="a new folder for the pruned model")
-    parser.add_argument("--data", help="calibration text, a file or a folder; else Python's own sources")
-    parser.add_argument("--num_sequences", type=int, default=128, help="calibration sequences (default: %(default)s)")
-    parser.add_argument("--sequence_length", type=int, help="tokens per sequence (default: the model's, 2048 at most)")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="a torch device (default: an accelerator if there is one)")
-
-
-def _add_exec(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", "--config", dest="config", required=True, help="a packaged recipe or a YAML file")
-    parser.usage = "lightning-prune exec --recipe RECIPE [--section.key=value ...] -- SCRIPT_OR_-m_MODULE ARGS"
-
-
-def _add_quickstart(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser, default="train/quickstart")
-    parser.add_argument("--model", help="a model folder or a hub id to start from, in place of a new model")
-    parser.add_argument("--out", default="quickstart_out", help="a new folder (default: %(default)s)")
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a model folder or a hub id")
-    parser.add_argument("--tasks", required=True, nargs="+", help="lm-eval tasks")
-    parser.add_argument("--include_path", help="a folder with task files")
-    parser.add_argument("--limit", type=int, help="documents per task")
-    parser.add_argument("--batch_size", type=int, default=8, help="documents at a time (default: %(default)s)")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt")
-    parser.add_argument("--device", default="auto", help="a torch device (default: an accelerator if there is one)")
-    parser.add_argument("--out", help="also write the results to this JSON file")
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a model folder or a hub id")
-    parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--format", choices=("dense", "huggingface"), default="dense", help="default: %(default)s")
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -170,10 +120,19 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _oneshot(options: argparse.Namespace, rest: list[str]) -> int:
     overrides, _ = _split(rest)
-    if options.print_config:
+    if (options.config is None) == (options.plan is None):
+        if options.plan is None:
+            raise ValueError("the following arguments are required: --config, or --plan in its place")
+        raise ValueError("--plan repeats a cut without a recipe; leave out --config")
+    if options.print_config and options.config is not None:
         return _print_recipe(options.config, overrides)
     if options.model is None or options.out is None:
         raise ValueError("oneshot needs --model and --out; see lightning-prune oneshot --help")
+    recipe = None if options.config is None else _load(options.config, overrides)
+    if recipe is None or (recipe.shrink is not None and recipe.shrink.method is not None):
+        return _shrink(options, recipe, overrides)
+    if options.state_file is not None:
+        raise ValueError("--state_file has no effect: this recipe does not search; leave it out")
     adapter = _adapter("hf_oneshot", "lightning-prune oneshot", "hf")
     adapter.run_oneshot(
         options.config,
@@ -185,7 +144,41 @@ def _oneshot(options: argparse.Namespace, rest: list[str]) -> int:
         sequence_length=options.sequence_length,
         batch_size=options.batch_size,
         device=options.device,
+        trust_remote_code=options.trust_remote_code,
     )
+    return 0
+
+
+def _shrink(options: argparse.Namespace, recipe: Any, overrides: Sequence[str]) -> int:
+    """Make a model smaller by the method of a recipe, or without one by a stored plan."""
+    adapter = _adapter("hf_shrink", "lightning-prune oneshot", "hf")
+    text = adapter.Text(
+        data=options.data,
+        num_sequences=options.num_sequences,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+    )
+    common = {name: getattr(options, name) for name in ("model", "out", "device", "trust_remote_code")} | {"text": text}
+    if recipe is not None:
+        adapter.run_shrink(recipe, state_file=options.state_file, **common)
+        return 0
+    if overrides or options.state_file is not None:
+        given = f"--{overrides[0]}" if overrides else "--state_file"
+        raise ValueError(f"{given} has no effect with --plan, which holds what stays; leave it out")
+    adapter.replay_plan(options.plan, **common)
+    return 0
+
+
+def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    rows, refused = _adapter("hf_shrink", "lightning-prune inspect", "hf").inspect_model(
+        options.model, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    _print_table(rows)
+    if refused:
+        print("\nnot to be cut:")
+        for sentence in refused:
+            print(f"  {sentence}")
     return 0
 
 
@@ -219,7 +212,9 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     loading = _adapter("hf_oneshot", "lightning-prune eval", "hf")
     harness = _adapter("lm_eval_harness", "lightning-prune eval", "eval")
-    model, tokenizer = loading.load_model(options.model, device=options.device)
+    model, tokenizer = loading.load_model(
+        options.model, device=options.device, trust_remote_code=options.trust_remote_code
+    )
     results = harness.evaluate_model(
         model,
         tokenizer,
@@ -239,7 +234,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     adapter = _adapter("hf_oneshot", "lightning-prune export", "hf")
-    print(adapter.export_model(options.model, options.out, form=options.format))
+    form, is_trusted = options.format, options.trust_remote_code
+    print(adapter.export_model(options.model, options.out, form=form, trust_remote_code=is_trusted))
     return 0
 
 
@@ -247,8 +243,9 @@ def _methods(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     for room in registry.rooms():
         print(f"{room}:")
+        width = max(14, *(len(entry.cls.__name__) + 2 for entry in registry.entries(room)))
         for entry in registry.entries(room):
-            print(f"  {entry.cls.__name__:<14}{entry.summary}")
+            print(f"  {entry.cls.__name__:<{width}}{entry.summary}")
             if entry.source:
                 print(
                     textwrap.fill(f"Source: {entry.source}", 118, initial_indent=" " * 16, subsequent_indent=" " * 16)

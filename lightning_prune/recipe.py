@@ -1,84 +1,29 @@
 """Read, check and write recipes: YAML on one side, typed objects on the other.
 
-A recipe states one job. The sections `prune`, `recover`, `evaluate`, `export`, `report` and `seed` are the library's
-own; `trainer`, `model` and `data` belong to `lightning-prune run` and are kept as they were written.
+A recipe states one job. The sections `prune`, `shrink`, `recover`, `evaluate`, `export`, `report` and `seed` are the
+library's own; `trainer`, `model` and `data` belong to `lightning-prune run` and are kept as they were written.
 """
 
 import copy
 import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from lightning_prune import registry
-from lightning_prune.allocations.uniform import Uniform
-from lightning_prune.granularity import Unstructured
-from lightning_prune.guard import MetricGuard
-from lightning_prune.scorers.magnitude import Magnitude
+from lightning_prune.granularity import Channel
+from lightning_prune.recipe_sections import Evaluate, Export, Prune, ReportOptions, Shrink
 from lightning_prune.sparsifier import Sparsifier
-from lightning_prune.targets import Targets
-from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
 
-__all__ = ["Evaluate", "Export", "Prune", "Recipe", "ReportOptions", "one_line", "packaged_recipes"]
+__all__ = ["Evaluate", "Export", "Prune", "Recipe", "ReportOptions", "Shrink", "one_line", "packaged_recipes"]
 
 _RAW = ("trainer", "model", "data")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prune:
-    """What to prune, how it is rated and shared out, and when."""
-
-    schedule: Schedule
-    targets: Targets = field(default_factory=Targets)
-    granularity: Granularity = field(default_factory=Unstructured)
-    scorer: Scorer = field(default_factory=Magnitude)
-    allocation: Allocation = field(default_factory=Uniform)
-    guard: MetricGuard | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Which lm-eval tasks to run, and when; `every` is in optimizer steps, `limit` in documents per task."""
-
-    tasks: tuple[str, ...]
-    include_path: str | None = None
-    limit: int | None = None
-    at: tuple[Literal["start", "end"], ...] = ("start", "end")
-    every: int | None = None
-    batch_size: int = 8
-    num_fewshot: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError(
-                "evaluate.tasks is empty, so nothing would be evaluated; name a task or set evaluate: null"
-            )
-        if not self.at and self.every is None:
-            raise ValueError("evaluate has neither at nor every, so it would never run; give one or set evaluate: null")
-        for name, value in (("every", self.every), ("limit", self.limit), ("batch_size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"evaluate.{name} must be 1 or more, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """The form the pruned model is written in, and the folder; without a folder the program that runs decides."""
-
-    format: Literal["dense", "huggingface"] = "dense"
-    dir: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Where the report page goes; without a folder none is written."""
-
-    dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +33,8 @@ class Recipe:
     `name` is the packaged name or the file's, and takes no part in comparisons.
     """
 
-    prune: Prune
+    prune: Prune | None = None
+    shrink: Shrink | None = None
     recover: None = None
     evaluate: Evaluate | None = None
     export: Export | None = None
@@ -98,6 +44,30 @@ class Recipe:
     model: Any = None
     data: Any = None
     name: str = field(default="recipe", compare=False)
+
+    def __post_init__(self) -> None:
+        form = None if self.export is None else self.export.format
+        if form == "per_layer" and (self.shrink is None or self.shrink.method is None):
+            raise ValueError("export.format per_layer is for blocks of different shapes; only shrink.method makes such")
+        if self.shrink is not None:
+            self._check_shrink(self.shrink)
+        elif self.prune is None:
+            raise ValueError("the section prune is missing; a recipe prunes something, or has shrink.method")
+
+    def _check_shrink(self, shrink: Shrink) -> None:
+        if self.export is not None and self.export.format == "dense":
+            raise ValueError("shrink changes shapes, which export.format dense does not record; use huggingface")
+        if shrink.zeros and (self.prune is None or not isinstance(self.prune.granularity, Channel)):
+            raise ValueError("shrink.zeros cuts units that prune masks with granularity Channel; set prune.granularity")
+        if shrink.method is not None:
+            for name in ("prune", "evaluate"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"shrink.method makes a smaller model and nothing else; set {name}: null, and use a second "
+                        "recipe on the smaller model"
+                    )
+            if self.report.dir is not None:
+                raise ValueError("report.dir has no effect with shrink.method; the numbers are in lightning_prune.json")
 
     @classmethod
     def load(cls, source: "str | Path | Recipe | Mapping[str, Any]", *, overrides: Iterable[str] = ()) -> Self:
@@ -127,7 +97,8 @@ class Recipe:
             where = f"{where} with {' '.join(overrides)}"
         try:
             recipe = cls(name=name, **_parse(content))
-            recipe.sparsifier()
+            if recipe.prune is not None:
+                recipe.sparsifier()
         except (ValueError, TypeError, ArgumentError) as error:
             raise ValueError(f"{where}: {one_line(error)}") from error
         return recipe
@@ -144,12 +115,25 @@ class Recipe:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the section that decides the masks, as plain values to compare when a run is resumed."""
-        plain: dict[str, Any] = _plain(self.prune)
+        plain: dict[str, Any] = _plain(self.masking())
         return plain
+
+    def masking(self) -> Prune:
+        """Return the section `prune`.
+
+        Raises:
+            ValueError: if the recipe has none, because it shrinks a model at once.
+        """
+        if self.prune is None:
+            raise ValueError(
+                f"recipe {self.name} has no section prune and makes a model smaller at once; run it with "
+                "lightning-prune oneshot"
+            )
+        return self.prune
 
     def sparsifier(self) -> Sparsifier:
         """Return a fresh conductor for this recipe."""
-        prune = self.prune
+        prune = self.masking()
         return Sparsifier(
             schedule=prune.schedule,
             targets=prune.targets,
@@ -206,8 +190,6 @@ def _parse(content: dict[str, Any]) -> dict[str, Any]:
     """Check a recipe's content and return the arguments of `Recipe`."""
     if content.get("recover") is not None:
         raise ValueError("recover is not available in this version; set recover: null")
-    if content.get("prune") is None:
-        raise ValueError("the section prune is missing; a recipe prunes something")
     _check_keys(Recipe, content, "")
     parser = ArgumentParser(exit_on_error=False)
     hints = get_type_hints(Recipe)
@@ -230,9 +212,9 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
         ValueError: naming the key or class and the nearest known one.
     """
     kind = _without_none(kind)
-    room = _room(kind)
-    if room is not None:
-        _check_class(room, value, path)
+    rooms = _rooms(kind)
+    if rooms:
+        _check_class(rooms, value, path)
     elif is_dataclass(kind) and isinstance(value, Mapping):
         known = [item.name for item in fields(kind) if item.name != "name" or kind is not Recipe]
         _check_names(value, known, path)
@@ -247,7 +229,7 @@ def _without_none(kind: Any) -> Any:
     return options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
 
 
-def _check_class(room: str, value: Any, path: str) -> None:
+def _check_class(rooms: Sequence[str], value: Any, path: str) -> None:
     spec = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, Mapping):
         return
@@ -255,17 +237,20 @@ def _check_class(room: str, value: Any, path: str) -> None:
     name = spec.get("class_path")
     if not isinstance(name, str):
         raise ValueError(
-            f"{path} needs a class name, for example {registry.entries(room)[0].cls.__name__}, got {value!r}"
+            f"{path} needs a class name, for example {registry.entries(rooms[0])[0].cls.__name__}, got {value!r}"
         )
     if "." not in name:
         try:
-            cls = registry.get(room, name)
+            cls = registry.get(rooms, name)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         options, known = spec.get("init_args") or {}, inspect.signature(cls).parameters
         if options and not known:
             raise ValueError(f"unknown key {_join(path, next(iter(options)))!r}; {name} takes no options")
         _check_names(options, known, path)
+        hints = get_type_hints(cls) if is_dataclass(cls) else {}
+        for key, inner in options.items() if isinstance(options, Mapping) else ():
+            _check_keys(hints.get(key, Any), inner, _join(path, key))
 
 
 def _check_names(names: Iterable[str], known: Iterable[str], path: str) -> None:
@@ -279,8 +264,11 @@ def _join(path: str, name: object) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def _room(kind: Any) -> str | None:
-    return next((room for room, base in registry.rooms().items() if base is kind), None)
+def _rooms(kind: Any) -> list[str]:
+    """Return the rooms that a value of this type is chosen from; none if it may be something else too."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    found = [room for option in options for room, base in registry.rooms().items() if base is option]
+    return found if len(found) == len(options) else []
 
 
 def _fill_default_classes(content: dict[str, Any]) -> None:
@@ -290,7 +278,7 @@ def _fill_default_classes(content: dict[str, Any]) -> None:
         return
     hints = get_type_hints(Prune)
     for item in fields(Prune):
-        if _room(hints[item.name]) is not None and item.default_factory is not MISSING:
+        if _rooms(hints[item.name]) and item.default_factory is not MISSING:
             prune.setdefault(item.name, _plain(item.default_factory()))
 
 

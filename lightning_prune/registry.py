@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "contract", "entries", "get", "nearest", "rooms", "statistic", "unknown"]
 
+# Contracts that speak of nouns from floors above this file: room -> (module, class).
+_FURTHER_CONTRACTS = {
+    "structured": ("structured.method", "StructuredMethod"),
+    "structured.criteria": ("structured.criteria", "Criterion"),
+    "solvers.greedy_output": ("solvers.greedy_output", "OutputChooser"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One class of a room, as `lightning-prune methods` shows it.
 
-    `name` is the file name in a folder of one file per method, and the class name in lower case in a room of one file.
+    `name` is the file name where a file of a folder holds one method, else the class name in lower case.
     """
 
     room: str
@@ -39,7 +46,8 @@ class Entry:
 
 def rooms() -> dict[str, type]:
     """Return every room that a recipe chooses from, with the contract of its classes."""
-    return {"scorers": Scorer, "allocations": Allocation, "granularity": Granularity, "schedules": Schedule}
+    own = {"scorers": Scorer, "allocations": Allocation, "granularity": Granularity, "schedules": Schedule}
+    return own | {room: _contract_of(module, name) for room, (module, name) in _FURTHER_CONTRACTS.items()}
 
 
 def contract(room: str) -> type:
@@ -54,6 +62,11 @@ def contract(room: str) -> type:
     if room not in known:
         raise ValueError(unknown("room", room, known))
     return known[room]
+
+
+def _contract_of(module: str, name: str) -> type:
+    cls: type = getattr(importlib.import_module(f"lightning_prune.{module}"), name)
+    return cls
 
 
 def _statistics_contract() -> type:
@@ -77,17 +90,19 @@ def entries(room: str) -> tuple[Entry, ...]:
     return tuple(sorted(found, key=lambda entry: entry.name))
 
 
-def get(room: str, name: str) -> type:
-    """Return the class of a room by its name or by its class name.
+def get(room: str | Sequence[str], name: str) -> type:
+    """Return the class of a room, or of one of several, by its name or by its class name.
 
     Raises:
         ValueError: if the room has no such class; the message gives the nearest name.
     """
-    offered = entries(room)
+    chosen = [room] if isinstance(room, str) else list(room)
+    offered = [entry for one in chosen for entry in entries(one)]
     for entry in offered:
         if name in (entry.name, entry.cls.__name__):
             return entry.cls
-    raise ValueError(unknown(room.removesuffix("s"), name, [entry.cls.__name__ for entry in offered]))
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", contract(chosen[0]).__name__).lower()
+    raise ValueError(unknown(kind, name, [entry.cls.__name__ for entry in offered]))
 
 
 @functools.cache
@@ -128,16 +143,20 @@ def _files(module: ModuleType) -> Iterator[tuple[str, ModuleType]]:
 
 
 def _entries_of_file(room: str, name: str, module: ModuleType, base: type) -> Iterator[Entry]:
-    for cls in vars(module).values():
-        is_own = isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == module.__name__
-        if not is_own or inspect.isabstract(cls):
-            continue
+    found = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, base) and cls is not base and cls.__module__ == module.__name__
+    ]
+    classes = [cls for cls in found if not inspect.isabstract(cls)]
+    is_alone = bool(name) and len(classes) == 1
+    for cls in classes:
         own, shared = inspect.getdoc(cls) or "", inspect.getdoc(module) or ""
         yield Entry(
             room=room,
-            name=name or cls.__name__.lower(),
+            name=name if is_alone else cls.__name__.lower(),
             cls=cls,
-            summary=(shared if name else own).partition("\n")[0],
+            summary=(shared if is_alone else own).partition("\n")[0],
             source=_source(own) or _source(shared),
         )
 

@@ -68,6 +68,7 @@ FLOORS: dict[str, float] = {
     "structured.influence": 3.2,
     "structured.candidates": 3.2,
     "structured.unit_scores": 3.2,
+    "structured.cost": 3.25,
     "structured.budgets": 3.2,
     "structured.depth_method": 3.3,
     "structured.depth": 3.4,

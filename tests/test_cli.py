@@ -73,6 +73,58 @@ def test_oneshot_writes_a_sparse_model_and_a_report(
     assert "sparsity 0.2500 of 14 targets" in capsys.readouterr().err
 
 
+SHORT_TEXT = ["--num_sequences", "4", "--sequence_length", "16", "--device", "cpu"]
+
+
+def test_oneshot_shrinks_and_repeats_a_plan(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["oneshot", "--model", str(model_folder), "--data", str(text_file), *SHORT_TEXT]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*start, "--config", "structured/minitron_width", "--out", str(one)]) == 0
+    said = capsys.readouterr().err
+    small = AutoModelForCausalLM.from_pretrained(one)
+    assert small.config.intermediate_size == 36
+    before = sum(tensor.numel() for tensor in load_file(model_folder / "model.safetensors").values())
+    assert f"parameters: {before} -> {before - 2 * 3 * 12 * 32}" in said
+    assert "loss on the calibration text: " in said
+    for bar in ("loss before", "pruning blocks", "loss after"):
+        assert f"{bar}: 100%" in said
+    assert cli.main([*start, "--plan", str(one / "lightning_prune.json"), "--out", str(two)]) == 0
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    wrong = ["--plan", str(one), "--out", str(tmp_path / "no")]
+    for options, message in {
+        ("--seed=1",): "--seed=1 has no effect with --plan",
+        ("--state_file", "x"): "--state_file has no effect with --plan",
+        ("--config", "structured/sleb"): "--plan repeats a cut without a recipe; leave out --config",
+    }.items():
+        assert cli.main([*start, *wrong, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_search_goes_on_from_its_state_file(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    start = ["oneshot", "--model", str(model_folder), "--data", str(text_file), *SHORT_TEXT]
+    search = ["--config", "structured/sleb", "--shrink.method.stop.count=1", "--shrink.method.protect_first=0"]
+    state = tmp_path / "state.json"
+    assert cli.main([*start, *search, "--state_file", str(state), "--out", str(tmp_path / "one")]) == 0
+    assert state.is_file()
+    assert cli.main([*start, *search, "--state_file", str(state), "--out", str(tmp_path / "two")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two").config.num_hidden_layers == 1
+
+
+def test_inspect_prints_what_can_be_cut(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--model", str(model_folder), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "kind       groups  units  parts  fields",
+        "kv_groups  2       2      1      num_key_value_heads, num_attention_heads",
+        "heads      2       4      2      num_attention_heads",
+        "ffn        2       48     1      intermediate_size",
+        "hidden     1       32     1      hidden_size",
+        "layers     1       2      1      num_hidden_layers",
+    ]
+
+
 def test_export_writes_the_other_form(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "--model", str(model_folder), "--out", str(tmp_path / "dense")]) == 0
     path = tmp_path / "dense" / "model.safetensors"
@@ -144,6 +196,13 @@ WRONG = [
     (["methods", "extra"], "unexpected argument 'extra'"),
     (["oneshot", "--model", "m"], "the following arguments are required: --config"),
     (["oneshot", "--config", "oneshot/wanda_half"], "oneshot needs --model and --out"),
+    (["oneshot", "--config", "structured/sleb"], "oneshot needs --model and --out"),
+    (
+        ["oneshot", "--config", "oneshot/wanda_half", "--model", "m", "--out", "o", "--state_file", "s"],
+        "--state_file has no effect: this recipe does not search",
+    ),
+    (["inspect"], "the following arguments are required: --model"),
+    (["inspect", "--model", "/no/such"], "there is no model folder /no/such"),
     (["oneshot", "--config", "oneshot/wanda_hlf", "--model", "m", "--out", "o"], "did you mean 'oneshot/wanda_half'"),
     (
         ["oneshot", "--config", "oneshot/wanda_half", "--prine.seed=1"],
@@ -238,7 +297,7 @@ def test_the_program_itself(tmp_path: Path) -> None:
 
     good = run("--help")
     assert good.returncode == 0
-    for name in ("run", "oneshot", "exec", "eval", "export", "methods", "quickstart"):
+    for name in ("run", "oneshot", "inspect", "exec", "eval", "export", "methods", "quickstart"):
         assert f"    {name}" in good.stdout
     bad = run("nope")
     assert bad.returncode == 2

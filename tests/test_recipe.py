@@ -8,13 +8,21 @@ import pytest
 
 from lightning_prune import registry
 from lightning_prune.allocations.uniform import Uniform
-from lightning_prune.granularity import NM, Unstructured
+from lightning_prune.granularity import NM, Channel, Unstructured
 from lightning_prune.guard import MetricGuard
-from lightning_prune.recipe import Evaluate, Export, Prune, Recipe, ReportOptions, packaged_recipes
+from lightning_prune.recipe import Evaluate, Export, Prune, Recipe, ReportOptions, Shrink, packaged_recipes
 from lightning_prune.schedules import Cubic, Linear, Once
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.wanda import Wanda
+from lightning_prune.solvers.greedy_output import GreedyOutput
 from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.structured.criteria import SequencePerplexity
+from lightning_prune.structured.depth import SLEB, ShortGPT
+from lightning_prune.structured.method import StructuredMethod
+from lightning_prune.structured.multipruner import MultiPruner
+from lightning_prune.structured.search import Stop
+from lightning_prune.structured.unit_scores import Reduction
+from lightning_prune.structured.width_method import Width
 from lightning_prune.targets import Targets
 
 BASE = """
@@ -111,7 +119,10 @@ def test_packaged_recipes_load_dump_and_build(write: Write, name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert Recipe.load(write(recipe.dump())) == recipe
-    assert isinstance(recipe.sparsifier(), Sparsifier)
+    if recipe.shrink is None:
+        assert isinstance(recipe.sparsifier(), Sparsifier)
+    else:
+        assert isinstance(recipe.shrink.method, StructuredMethod)
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
@@ -124,7 +135,8 @@ def test_packaged_recipes_have_a_header(name: str) -> None:
 
 
 def test_every_scorer_has_a_recipe() -> None:
-    used = {type(Recipe.load(name).prune.scorer) for name in packaged_recipes()}
+    recipes = [Recipe.load(name) for name in packaged_recipes()]
+    used = {type(recipe.prune.scorer) for recipe in recipes if recipe.prune is not None}
     assert used == {entry.cls for entry in registry.entries("scorers")}
 
 
@@ -201,7 +213,83 @@ def test_classes_from_outside_the_library(write: Write) -> None:
     assert Recipe.load(write(recipe.dump())) == recipe
 
 
+CUT = "shrink: {method: {class_path: ShortGPT, init_args: {num_blocks: 2}}}"
+CHANNELS = BASE + "  granularity: Channel\nexport: {format: huggingface}\n"
+
+
+def method(name: str, options: str) -> str:
+    return f"shrink: {{method: {{class_path: {name}, init_args: {{{options}}}}}}}"
+
+
+METHODS = [
+    (method("ShortGPT", "num_blocks: 2"), ShortGPT(num_blocks=2)),
+    (
+        method("SLEB", "stop: {parameter_share: 0.3}, criterion: SequencePerplexity"),
+        SLEB(stop=Stop(parameter_share=0.3), criterion=SequencePerplexity()),
+    ),
+    (
+        method("Width", "sparsity: {ffn: 0.25, heads: 0.5}, scorer: {class_path: GreedyOutput, init_args: {batch: 4}}"),
+        Width(sparsity={"ffn": 0.25, "heads": 0.5}, scorer=GreedyOutput(batch=4)),
+    ),
+    (
+        method(
+            "Width", "sparsity: {ffn: 0.25}, budget: {'a.mlp:ffn': 0.5}, reduction: {across: max}, compensate: none"
+        ),
+        Width(sparsity={"ffn": 0.25}, budget={"a.mlp:ffn": 0.5}, reduction=Reduction(across="max"), compensate="none"),
+    ),
+    (
+        method("MultiPruner", "parameter_share: 0.25, split: [0.5, 0.5, 0], order: {'a.mlp:ffn': [1, 0]}"),
+        MultiPruner(parameter_share=0.25, split=(0.5, 0.5, 0.0), order={"a.mlp:ffn": [1, 0]}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), METHODS, ids=[type(expected).__name__ for _, expected in METHODS])
+def test_structured_methods_arrive_typed_and_round_trip(write: Write, text: str, expected: StructuredMethod) -> None:
+    recipe = Recipe.load(write(text))
+    assert (recipe.prune, recipe.shrink) == (None, Shrink(method=expected))
+    assert Recipe.load(write(recipe.dump())) == recipe
+    with pytest.raises(ValueError, match="has no section prune and makes a model smaller at once"):
+        recipe.sparsifier()
+
+
+def test_overrides_reach_into_structured_methods(write: Write) -> None:
+    text = method("Width", "sparsity: {ffn: 0.25}")
+    overrides = ["shrink.method.sparsity.ffn=0.5", "shrink.method.scorer=GreedyOutput", "shrink.method.scorer.batch=2"]
+    changed = Recipe.load(write(text), overrides=overrides).shrink
+    assert changed == Shrink(method=Width(sparsity={"ffn": 0.5}, scorer=GreedyOutput(batch=2)))
+
+
+def test_zeros_go_with_masks_on_channels(write: Write) -> None:
+    recipe = Recipe.load(write(CHANNELS + "shrink: {zeros: true}"))
+    assert recipe.shrink == Shrink(zeros=True)
+    assert recipe.prune.granularity == Channel()
+    assert Recipe.load(write(recipe.dump())) == recipe
+
+
 BAD = [
+    (CUT + BASE, "shrink.method makes a smaller model and nothing else; set prune: null"),
+    (CUT + "\nevaluate: {tasks: [a]}", "set evaluate: null"),
+    (CUT + "\nreport: {dir: x}", "report.dir has no effect with shrink.method"),
+    (CUT + "\nexport: {format: dense}", "shrink changes shapes, which export.format dense does not record"),
+    (BASE + "export: {format: per_layer}", "export.format per_layer is for blocks of different shapes"),
+    (BASE + "shrink: {zeros: true}", "shrink.zeros cuts units that prune masks with granularity Channel"),
+    ("shrink: {zeros: true}", "shrink.zeros cuts units that prune masks with granularity Channel"),
+    ("shrink: {}", "shrink takes either a method, or zeros: true"),
+    ("shrink: {zeros: true, method: {class_path: ShortGPT, init_args: {num_blocks: 2}}}", "got both"),
+    ("shrink: {zero: true}", "unknown key 'shrink.zero'; did you mean 'shrink.zeros'?"),
+    (
+        method("ShortGTP", "num_blocks: 2"),
+        "shrink.method: unknown structured method 'ShortGTP'; did you mean 'ShortGPT'?",
+    ),
+    (
+        method("SLEB", "stop: {cuont: 2}"),
+        "unknown key 'shrink.method.stop.cuont'; did you mean 'shrink.method.stop.count'?",
+    ),
+    (method("SLEB", "stop: {count: 1}, criterion: Loss"), "shrink.method.criterion: unknown criterion 'Loss'"),
+    (method("Width", "sparsity: {fnn: 0.5}"), "unknown kind of unit 'fnn'; did you mean 'ffn'?"),
+    (method("Width", "sparsity: {ffn: 1.0}"), "sparsity must be in [0, 1), got 1.0 for ffn"),
+    (method("Width", "sparsity: {ffn: 0.5}, scorer: Wand"), "unknown scorer 'Wand'; did you mean 'Wanda'?"),
     ("sed: 1" + BASE, "unknown key 'sed'; did you mean 'seed'?"),
     ("prune: {scheduel: Once}", "unknown key 'prune.scheduel'; did you mean 'prune.schedule'?"),
     ("prune: {schedule: Onec}", "prune.schedule: unknown schedule 'Onec'; did you mean 'Once'?"),

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from lightning_prune.types import Report
 
-__all__ = ["NOTE_VERSION", "check_free", "new_folder", "write_note"]
+__all__ = ["NOTE_VERSION", "PLAN_NAME", "check_free", "new_folder", "write_note", "write_plan_note"]
 
 NOTE_VERSION = 1
+PLAN_NAME = "lightning_prune.json"
 
 
 def check_free(out_dir: str | PathLike[str]) -> Path:
@@ -75,3 +76,8 @@ def write_note(folder: Path, *, report: Report | None, recipe: Mapping[str, obje
     if recipe is not None:
         note["recipe"] = dict(recipe)
     (folder / "sparsity.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def write_plan_note(folder: Path, note: Mapping[str, object]) -> None:
+    """Write `lightning_prune.json`: what was cut from the parent model, so that it can be looked up and replayed."""
+    (folder / PLAN_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

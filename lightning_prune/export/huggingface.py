@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.export.folder import check_free, new_folder, write_note
+from lightning_prune.export.folder import check_free, new_folder, write_note, write_plan_note
 from lightning_prune.types import Report
 
 __all__ = ["check_huggingface", "export_huggingface"]
@@ -39,8 +39,9 @@ def export_huggingface(
     state_dict: Mapping[str, Tensor] | None = None,
     report: Report | None = None,
     recipe: Mapping[str, object] | None = None,
+    plan_note: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write model, tokenizer and `sparsity.json` into a new folder.
+    """Write model, tokenizer, `sparsity.json` and `lightning_prune.json` into a new folder.
 
     Args:
         model: a model with `save_pretrained`.
@@ -49,6 +50,7 @@ def export_huggingface(
         state_dict: whole tensors to write in place of the model's own, for a sharded model.
         report: what was pruned, for `sparsity.json`.
         recipe: the recipe as plain values, for `sparsity.json`.
+        plan_note: what was cut, for `lightning_prune.json`; None if nothing was.
 
     Returns:
         The folder.
@@ -63,4 +65,6 @@ def export_huggingface(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_note(folder, report=report, recipe=recipe)
+        if plan_note is not None:
+            write_plan_note(folder, plan_note)
     return Path(out_dir).expanduser()

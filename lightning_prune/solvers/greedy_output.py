@@ -13,21 +13,26 @@ Limits: sees one layer's output; the Gram matrix must rest on many tokens.
 Shapes: O output features, I input features, U units of S columns each.
 """
 
+from abc import ABC
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["GreedyOutput", "OutputEnergy", "greedy_units", "output_energy"]
+__all__ = ["GreedyOutput", "OutputChooser", "OutputEnergy", "greedy_units", "output_energy"]
+
+
+class OutputChooser(ABC):  # noqa: B024 - the functions below are told apart by the class of their options
+    """Options of a way to choose units by the error of a layer's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputEnergy:
+class OutputEnergy(OutputChooser):
     """Choose units by what each one alone contributes to the output; see the module text."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GreedyOutput:
+class GreedyOutput(OutputChooser):
     """Choose units by what is lost after a refit, greedily; see the module text.
 
     Args:

@@ -19,17 +19,18 @@ from lightning_prune.structured.bypass import Part, SubBlock
 from lightning_prune.structured.candidates import block_candidates, choose_parts, is_state_space, part_candidates
 from lightning_prune.structured.criteria import Criterion, JensenShannon, NextTokenLoss, SequencePerplexity
 from lightning_prune.structured.depth_method import (
-    Batch,
-    DepthMethod,
-    StateFile,
+    check_no_state_file,
     check_number,
     make_plan,
+    removable,
     run_search,
     unprotected,
 )
-from lightning_prune.structured.groups import Group, Plan
+from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.influence import block_influence, run_distance
+from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.search import Removal, Stop
+from lightning_prune.structured.structure import Structure
 from lightning_prune.targets import find_blocks
 
 __all__ = ["SLEB", "BlockPruner", "FinerCut", "MambaShedder", "RemoveTail", "ShortGPT"]
@@ -38,8 +39,11 @@ BOTH: tuple[Part, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortGPT(DepthMethod):
+class ShortGPT(StructuredMethod):
     """Remove the blocks with the lowest block influence, all at once.
+
+    Source: ShortGPT, arXiv 2403.03853; one run of blocks: The Unreasonable Ineffectiveness of the Deeper Layers,
+        arXiv 2403.17887.
 
     Args:
         num_blocks: how many; about a quarter in the paper.
@@ -54,13 +58,14 @@ class ShortGPT(DepthMethod):
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch],
         *,
         state_file: StateFile = None,
         progress: bool = True,
     ) -> Plan:
-        """Choose blocks from one pass over the batches; `state_file` and `progress` have nothing to do."""
+        """Choose blocks from one pass over the batches."""
+        check_no_state_file(self, state_file)
         check_number(model, self.num_blocks)
         if self.last_token_only and not self.contiguous:
             raise ValueError("last_token_only has no effect without contiguous; set both or neither")
@@ -70,13 +75,15 @@ class ShortGPT(DepthMethod):
             order = list(range(start, start + self.num_blocks))
         else:
             values = block_influence(model, batches)
-            order = sorted(range(len(values)), key=values.__getitem__)[: self.num_blocks]
-        return make_plan(self, model, groups, batches, layers=order, found={"order": order, "influence": values})
+            order = sorted(removable(structure, range(len(values))), key=values.__getitem__)[: self.num_blocks]
+        return make_plan(self, model, structure, batches, layers=order, found={"order": order, "influence": values})
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoveTail(DepthMethod):
+class RemoveTail(StructuredMethod):
     """Remove the last blocks; meant to be followed by tuning the head and the last three blocks that stay.
+
+    Source: Reassessing Layer Pruning in LLMs, arXiv 2411.15558.
 
     Args:
         num_blocks: how many; a quarter in the paper.
@@ -84,25 +91,33 @@ class RemoveTail(DepthMethod):
 
     num_blocks: int
 
+    @property
+    def needs_batches(self) -> bool:
+        """Return False: the weights are not looked at either."""
+        return False
+
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch] = (),
         *,
         state_file: StateFile = None,
         progress: bool = True,
     ) -> Plan:
         """Choose the last blocks; nothing but the model is needed."""
+        check_no_state_file(self, state_file)
         check_number(model, self.num_blocks)
         total = len(find_blocks(model))
         order = list(range(total - 1, total - 1 - self.num_blocks, -1))
-        return make_plan(self, model, groups, batches, layers=order, found={"order": order})
+        return make_plan(self, model, structure, batches, layers=order, found={"order": order})
 
 
 @dataclass(frozen=True, kw_only=True)
-class SLEB(DepthMethod):
+class SLEB(StructuredMethod):
     """Remove blocks greedily by the loss of the calibration text.
+
+    Source: SLEB, arXiv 2402.09025 (jiwonsong-dev/SLEB). Difference: the loss is per token.
 
     Args:
         stop: when to end.
@@ -119,7 +134,7 @@ class SLEB(DepthMethod):
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch],
         *,
         state_file: StateFile = None,
@@ -127,30 +142,33 @@ class SLEB(DepthMethod):
     ) -> Plan:
         """Choose blocks by a greedy search."""
         layers = unprotected(model, self.protect_first, self.protect_last)
-        return _search_blocks(self, self.criterion, self.stop, layers, model, groups, batches, state_file, progress)
+        return _search_blocks(self, self.criterion, self.stop, layers, model, structure, batches, state_file, progress)
 
 
 def _search_blocks(
-    method: DepthMethod,
+    method: StructuredMethod,
     criterion: Criterion,
     stop: Stop,
     layers: Sequence[int],
     model: nn.Module,
-    groups: Sequence[Group],
+    structure: Structure,
     batches: Sequence[Batch],
     state_file: StateFile,
     progress: bool,
 ) -> Plan:
+    layers = removable(structure, layers)
     candidates = block_candidates(model, layers)
     removal = run_search(criterion, model, batches, candidates, stop, state_file=state_file, progress=progress)
     layer_of = {candidate.label: layer for candidate, layer in zip(candidates, layers, strict=True)}
     gone = [layer_of[label] for label in removal.labels]
-    return make_plan(method, model, groups, batches, layers=gone, found=removal.as_dict())
+    return make_plan(method, model, structure, batches, layers=gone, found=removal.as_dict())
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaShedder(DepthMethod):
+class MambaShedder(StructuredMethod):
     """Remove whole state-space blocks greedily by perplexity.
+
+    Source: Mamba-Shedder, arXiv 2501.17088.
 
     Args:
         stop: when to end.
@@ -167,7 +185,7 @@ class MambaShedder(DepthMethod):
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch],
         *,
         state_file: StateFile = None,
@@ -179,12 +197,14 @@ class MambaShedder(DepthMethod):
         layers = [layer for layer in free if is_state_space(blocks[layer])]
         if not layers:
             raise ValueError("no unprotected block of the model has a state-space layer; use SLEB or BlockPruner")
-        return _search_blocks(self, self.criterion, self.stop, layers, model, groups, batches, state_file, progress)
+        return _search_blocks(self, self.criterion, self.stop, layers, model, structure, batches, state_file, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPruner(DepthMethod):
+class BlockPruner(StructuredMethod):
     """Remove attention and feed-forward parts greedily.
+
+    Source: BlockPruner, arXiv 2406.10594 (MrGGLS/BlockPruner). Difference: the loss is per token by default.
 
     Args:
         stop: when to end; up to a third of the sub-blocks in the paper.
@@ -203,7 +223,7 @@ class BlockPruner(DepthMethod):
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch],
         *,
         state_file: StateFile = None,
@@ -211,13 +231,14 @@ class BlockPruner(DepthMethod):
     ) -> Plan:
         """Choose sub-blocks by a greedy search."""
         free = unprotected(model, self.protect_first, self.protect_last)
+        groups = list(structure.groups.values())
         parts = choose_parts(model, groups, self.parts, free)
         candidates = part_candidates(model, groups, parts)
         removal = run_search(
             self.criterion, model, batches, candidates, self.stop, state_file=state_file, progress=progress
         )
         gone = _parts_of(removal, parts)
-        return make_plan(self, model, groups, batches, parts=gone, found=removal.as_dict())
+        return make_plan(self, model, structure, batches, parts=gone, found=removal.as_dict())
 
 
 def _parts_of(removal: Removal, parts: Sequence[SubBlock]) -> list[SubBlock]:
@@ -226,8 +247,10 @@ def _parts_of(removal: Removal, parts: Sequence[SubBlock]) -> list[SubBlock]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinerCut(DepthMethod):
+class FinerCut(StructuredMethod):
     """Remove attention and feed-forward parts greedily by the change of the output distribution; needs no labels.
+
+    Source: FinerCut, arXiv 2405.18218.
 
     Args:
         stop: when to end; max_ratio does not apply to a divergence.
@@ -245,7 +268,7 @@ class FinerCut(DepthMethod):
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch],
         *,
         state_file: StateFile = None,
@@ -256,10 +279,11 @@ class FinerCut(DepthMethod):
             raise ValueError(f"exclude_first must be in [0, 1), got {self.exclude_first}")
         total = len(find_blocks(model))
         late = int(self.exclude_first * total)
+        groups = list(structure.groups.values())
         parts = choose_parts(model, groups, self.parts, range(total))
         candidates = part_candidates(model, groups, parts, late=late, not_before=late + 1)
         removal = run_search(
             self.criterion, model, batches, candidates, self.stop, state_file=state_file, progress=progress
         )
         gone = _parts_of(removal, parts)
-        return make_plan(self, model, groups, batches, parts=gone, found=removal.as_dict())
+        return make_plan(self, model, structure, batches, parts=gone, found=removal.as_dict())

@@ -1,19 +1,18 @@
 """What all methods that choose blocks and sub-blocks share: binding a search to its model, and making the plan."""
 
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune import distributed
 from lightning_prune.calibration import evaluating
 from lightning_prune.structured.bypass import SubBlock, merge_parts
 from lightning_prune.structured.criteria import Criterion, model_logits
-from lightning_prune.structured.groups import Cut, Group, Plan
+from lightning_prune.structured.groups import Cut, Plan
+from lightning_prune.structured.method import Batch, StateFile
 from lightning_prune.structured.search import (
     Candidate,
     Removal,
@@ -22,39 +21,10 @@ from lightning_prune.structured.search import (
     fingerprint_model,
     greedy_search,
 )
+from lightning_prune.structured.structure import Structure
 from lightning_prune.targets import find_blocks
 
-__all__ = ["Batch", "DepthMethod", "StateFile", "check_number", "describe", "make_plan", "run_search", "unprotected"]
-
-Batch = Mapping[str, Tensor]
-StateFile = str | os.PathLike[str] | None
-
-
-class DepthMethod(ABC):
-    """Options of a method that removes blocks or sub-blocks."""
-
-    @abstractmethod
-    def plan(
-        self,
-        model: nn.Module,
-        groups: Sequence[Group],
-        batches: Sequence[Batch],
-        *,
-        state_file: StateFile = None,
-        progress: bool = True,
-    ) -> Plan:
-        """Choose what is removed; the model is left as it is.
-
-        Args:
-            model: the model; every batch is one call with its entries as keyword arguments.
-            groups: its groups; those of attention and feed-forward units tell where the sub-blocks are.
-            batches: calibration data: `input_ids`, and `attention_mask` and `labels` where needed.
-            state_file: where a search keeps its finished scores and finds those of an interrupted one.
-            progress: whether to show bars.
-
-        Raises:
-            ValueError: if the options ask for more than the model has.
-        """
+__all__ = ["check_no_state_file", "check_number", "describe", "make_plan", "removable", "run_search", "unprotected"]
 
 
 def describe(value: object) -> Any:
@@ -69,7 +39,7 @@ def describe(value: object) -> Any:
 def make_plan(
     method: object,
     model: nn.Module,
-    groups: Sequence[Group],
+    structure: Structure,
     batches: Sequence[Batch],
     *,
     layers: Sequence[int] = (),
@@ -84,7 +54,7 @@ def make_plan(
     Args:
         method: the options, a dataclass.
         model: the intact model.
-        groups: its groups.
+        structure: what can be cut from it.
         batches: the calibration data; its hash is stored.
         layers: blocks to remove.
         parts: sub-blocks to remove.
@@ -97,6 +67,7 @@ def make_plan(
     whole: tuple[int, ...] = ()
     rest: tuple[SubBlock, ...] = ()
     if parts:
+        groups = list(structure.groups.values())
         with evaluating(model):
             whole, rest = merge_parts(model, groups, parts, lambda: model_logits(model, batches[0])[0])
     gone = {*layers, *whole}
@@ -143,6 +114,17 @@ def run_search(
     )
 
 
+def check_no_state_file(method: object, state_file: StateFile) -> None:
+    """Check that no state file is given to a method that does not search.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if state_file is not None:
+        name = type(method).__name__
+        raise ValueError(f"{name} does not search, so there is no state to keep; leave out {state_file}")
+
+
 def unprotected(model: nn.Module, first: int, last: int) -> range:
     """Return the indices of the blocks but the first and the last so many.
 
@@ -153,6 +135,19 @@ def unprotected(model: nn.Module, first: int, last: int) -> range:
     if first < 0 or last < 0 or first + last >= total:
         raise ValueError(f"protect_first={first} and protect_last={last} leave none of {total} blocks; protect fewer")
     return range(first, total - last)
+
+
+def removable(structure: Structure, layers: Iterable[int]) -> list[int]:
+    """Return those of some blocks that the class of the model can do without.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    kept_always = {} if structure.stack is None else structure.stack.kept_always
+    found = [layer for layer in layers if layer not in kept_always]
+    if not found:
+        raise ValueError(f"no block can be removed: {'; '.join(dict.fromkeys(kept_always.values()))}")
+    return found
 
 
 def check_number(model: nn.Module, num_blocks: int) -> None:

@@ -24,15 +24,17 @@ from lightning_prune.structured.candidates import (
     unit_runs,
 )
 from lightning_prune.structured.criteria import Criterion, SequencePerplexity
-from lightning_prune.structured.depth_method import Batch, DepthMethod, StateFile, make_plan, run_search
+from lightning_prune.structured.depth_method import make_plan, run_search
 from lightning_prune.structured.groups import Cut, Group, Plan
+from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.search import Candidate, Removal, Stop
+from lightning_prune.structured.structure import Structure
 
 __all__ = ["MultiPruner"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiPruner(DepthMethod):
+class MultiPruner(StructuredMethod):
     """Spread a budget over sub-blocks, feed-forward units and key/value groups; see the module text.
 
     Args:
@@ -59,13 +61,14 @@ class MultiPruner(DepthMethod):
     def plan(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        structure: Structure,
         batches: Sequence[Batch],
         *,
         state_file: StateFile = None,
         progress: bool = True,
     ) -> Plan:
         """Choose sub-blocks and units by three greedy searches that share one state file."""
+        groups = list(structure.groups.values())
         orders = self._orders(model, groups)
         parts = list(sub_blocks(model, groups))
         detail = hashlib.sha256(repr((sorted(orders.items()), self.ffn_step, self.head_step)).encode()).hexdigest()[:16]
@@ -92,7 +95,7 @@ class MultiPruner(DepthMethod):
         return make_plan(
             self,
             model,
-            groups,
+            structure,
             batches,
             parts=[part for part in parts if str(part) in labels],
             cuts=self._cuts(groups, orders, labels),

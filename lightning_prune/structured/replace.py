@@ -23,9 +23,11 @@ from lightning_prune import distributed
 from lightning_prune.calibration import evaluating
 from lightning_prune.structured.bypass import first_tensor
 from lightning_prune.structured.criteria import model_logits
-from lightning_prune.structured.depth_method import Batch, check_number, make_plan
+from lightning_prune.structured.depth_method import check_no_state_file, check_number, make_plan
 from lightning_prune.structured.groups import Group, Plan
 from lightning_prune.structured.influence import block_streams, run_distance
+from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
+from lightning_prune.structured.structure import Structure
 from lightning_prune.targets import find_blocks, is_linear
 
 __all__ = ["ReplaceMe", "fit_map", "merge_map", "output_projection"]
@@ -171,7 +173,7 @@ def _moments(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplaceMe:
+class ReplaceMe(StructuredMethod):
     """Remove a run of blocks and merge its least-squares stand-in; see the module text.
 
     Args:
@@ -184,17 +186,33 @@ class ReplaceMe:
     start: int | None = None
     ridge: float = 1e-3
 
-    def replace_(self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]) -> Plan:
+    @property
+    def repairs(self) -> bool:
+        """Return True: the projection before the run is changed."""
+        return True
+
+    def plan(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Batch],
+        *,
+        state_file: StateFile = None,
+        progress: bool = True,
+    ) -> Plan:
         """Change the projection before the run in place, and return the plan that removes the run.
 
         Args:
             model: nothing is changed before all checks have passed.
-            groups: its groups; the feed-forward ones name the projections.
+            structure: its feed-forward groups name the projections.
             batches: calibration data; `attention_mask` leaves out padding.
+            state_file: must be None.
+            progress: not used; the passes are few.
 
         Raises:
             ValueError: if the run does not exist, the tokens are too few, or the map cannot be merged.
         """
+        check_no_state_file(self, state_file)
         check_number(model, self.num_blocks)
         total = len(find_blocks(model))
         if self.ridge < 0:
@@ -203,7 +221,7 @@ class ReplaceMe:
             raise ValueError(f"start must be between 1 and {total - self.num_blocks}, got {self.start}")
         distances = run_distance(model, batches, self.num_blocks)
         start = self.start or min(range(1, len(distances)), key=distances.__getitem__)
-        projection = output_projection(model, groups, start - 1)
+        projection = output_projection(model, list(structure.groups.values()), start - 1)
         with evaluating(model), torch.no_grad():
             _check_linear(model, batches[0], projection, start - 1)
             moments = _moments(model, batches, projection, start, self.num_blocks)
@@ -217,4 +235,4 @@ class ReplaceMe:
         merge_map(projection, map_DD)
         found = {"start": start, "distances": distances, "unexplained": moments.unexplained(map_DD)}
         layers = range(start, start + self.num_blocks)
-        return make_plan(self, model, groups, batches, layers=layers, found=found)
+        return make_plan(self, model, structure, batches, layers=layers, found=found)

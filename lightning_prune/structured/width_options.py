@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed, registry
 from lightning_prune.calibration import Batch
-from lightning_prune.solvers.greedy_output import GreedyOutput, OutputEnergy
+from lightning_prune.solvers.greedy_output import GreedyOutput, OutputChooser
 from lightning_prune.structured.groups import Group, Kind
 from lightning_prune.structured.unit_scores import Reduction, scored_members
 from lightning_prune.targets import Binding, Targets
 from lightning_prune.types import Scorer
 
-__all__ = ["Chooser", "Compensate", "WidthOptions", "bind", "fingerprint", "selected"]
+__all__ = ["SUB_BLOCKS", "Chooser", "Compensate", "WidthOptions", "bind", "fingerprint", "selected"]
 
-Chooser = Scorer | OutputEnergy | GreedyOutput
+Chooser = Scorer | OutputChooser
 Compensate = Literal["none", "bias", "least_squares"]
-_SUB_BLOCKS: tuple[Kind, ...] = ("heads", "kv_groups", "ffn", "experts", "channels")  # in the order of a block
+SUB_BLOCKS: tuple[Kind, ...] = ("heads", "kv_groups", "ffn", "experts", "channels")  # in the order of a block
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:
@@ -74,7 +74,7 @@ class WidthOptions:
         return {
             "name": "width",
             "scorer": type(self.scorer).__name__,
-            "scorer_options": dataclasses.asdict(self.scorer),  # type: ignore[arg-type]
+            "scorer_options": dataclasses.asdict(self.scorer),  # type: ignore[call-overload]
             "sparsity": dict(self.sparsity),
             "compensate": self.compensate,
             "multiple_of": self.multiple_of,
@@ -92,8 +92,8 @@ def selected(groups: Sequence[Group], options: WidthOptions) -> list[Group]:
         ValueError: if a kind or a group that is named is not there, or two groups would cut the same columns.
     """
     for kind in options.sparsity:
-        if kind not in _SUB_BLOCKS:
-            raise ValueError(f"width pruning cuts {', '.join(_SUB_BLOCKS)}, not {kind}")
+        if kind not in SUB_BLOCKS:
+            raise ValueError(f"width pruning cuts {', '.join(SUB_BLOCKS)}, not {kind}")
         if not any(group.kind == kind for group in groups):
             known = ", ".join(sorted({group.kind for group in groups})) or "none"
             raise ValueError(f"the model has no groups of kind {kind!r}; it has {known}")
@@ -110,7 +110,7 @@ def selected(groups: Sequence[Group], options: WidthOptions) -> list[Group]:
                 other = taken.setdefault((member.name, member.expert, position), group.key)
                 if other != group.key:
                     raise ValueError(f"{other} and {group.key} cut the same columns of {member.name}; choose one kind")
-    return sorted(found, key=lambda group: (group.layer is None, group.layer or 0, _SUB_BLOCKS.index(group.kind)))
+    return sorted(found, key=lambda group: (group.layer is None, group.layer or 0, SUB_BLOCKS.index(group.kind)))
 
 
 def bind(model: nn.Module, groups: Sequence[Group], options: WidthOptions) -> dict[str, Binding]:

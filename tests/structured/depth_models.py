@@ -21,6 +21,7 @@ from transformers import (
 
 from lightning_prune.structured.groups import Group, Kind, Member, Role
 from lightning_prune.structured.replace import ReplaceMe
+from lightning_prune.structured.structure import Structure
 from tests.tiny_models import VOCAB, tiny_family, tiny_llama, token_windows
 
 DATA = os.environ.get("LIGHTNING_PRUNE_DATA", "")
@@ -98,6 +99,14 @@ def llama_groups(model: PreTrainedModel) -> list[Group]:
             outs = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
             groups.append(_ffn(f"{block}.mlp", layer, config.intermediate_size, outs, f"{block}.mlp.down_proj"))
     return groups
+
+
+def structure_of(groups: list[Group]) -> Structure:
+    """Return these groups as what can be cut from a model."""
+    return Structure({group.key: group for group in groups})
+
+
+NOTHING = structure_of([])
 
 
 def _fused(name: str, kind: Kind, layer: int, num_units: int, members: tuple[Member, ...]) -> Group:
@@ -188,9 +197,9 @@ def plan_on_rank(method: Any, num_processes: int, folder: str) -> tuple[dict[str
     passes: list[int] = []
     model.register_forward_pre_hook(lambda module, args: passes.append(1))
     batches = padded_batches(4)[rank::num_processes]
-    plan = method.plan(
-        model.eval(), llama_groups(model), batches, state_file=Path(folder) / f"{rank}.json", progress=False
-    )
+    state_file = Path(folder) / f"{rank}.json" if hasattr(method, "stop") else None
+    structure = structure_of(llama_groups(model))
+    plan = method.plan(model.eval(), structure, batches, state_file=state_file, progress=False)
     return plan.as_dict(), len(passes)
 
 
@@ -200,5 +209,5 @@ def replace_on_rank(num_processes: int) -> tuple[list[list[float]], dict[str, An
     shake(model)
     rank = dist.get_rank() if num_processes > 1 else 0
     batches = padded_batches(8)[rank::num_processes]
-    plan = ReplaceMe(num_blocks=1, start=2).replace_(model.eval(), llama_groups(model), batches)
+    plan = ReplaceMe(num_blocks=1, start=2).plan(model.eval(), structure_of(llama_groups(model)), batches)
     return model.model.layers[1].mlp.down_proj.weight.tolist(), plan.as_dict()

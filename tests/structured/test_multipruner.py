@@ -13,7 +13,12 @@ from lightning_prune.structured.depth import BlockPruner
 from lightning_prune.structured.groups import Cut, Plan, zeroed
 from lightning_prune.structured.multipruner import MultiPruner
 from lightning_prune.structured.search import Stop
-from tests.structured.depth_models import llama_groups, padded_batches, shake
+from tests.structured.depth_models import (
+    llama_groups,
+    padded_batches,
+    shake,
+    structure_of,
+)
 from tests.tiny_models import tiny_llama
 
 BATCHES = padded_batches()
@@ -28,9 +33,11 @@ def llama(layers: int = 3) -> PreTrainedModel:
 def test_sub_blocks_alone_are_block_pruner() -> None:
     model = llama()
     groups = llama_groups(model)
-    multi = MultiPruner(parameter_share=0.3, split=(1, 0, 0)).plan(model, groups, BATCHES, progress=False)
+    multi = MultiPruner(parameter_share=0.3, split=(1, 0, 0)).plan(model, structure_of(groups), BATCHES, progress=False)
     stop = Stop(parameter_share=0.3)
-    single = BlockPruner(stop=stop, criterion=SequencePerplexity()).plan(model, groups, BATCHES, progress=False)
+    single = BlockPruner(stop=stop, criterion=SequencePerplexity()).plan(
+        model, structure_of(groups), BATCHES, progress=False
+    )
     assert (multi.layers, multi.skip, multi.cuts) == (single.layers, single.skip, ())
     assert multi.method["order"] == single.method["order"]
 
@@ -55,7 +62,7 @@ def test_units_go_where_the_perplexity_stays_lowest() -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     share = (3.5 * 12 * 96) / total  # reached by the fourth removal
     multi = MultiPruner(parameter_share=share, split=(0, 1, 0), ffn_step=12)
-    plan = multi.plan(model, list(groups.values()), BATCHES, progress=False)
+    plan = multi.plan(model, structure_of(list(groups.values())), BATCHES, progress=False)
     assert [entry[1] for entry in plan.method["order"]] == pytest.approx(steps, rel=1e-9)
     expected = {key: tuple(sorted(ranked[key][:number])) for key, number in kept.items() if number < 48}
     assert {cut.group: cut.keep for cut in plan.cuts} == expected
@@ -67,7 +74,7 @@ def test_three_stages_share_the_budget() -> None:
     groups = llama_groups(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     multi = MultiPruner(parameter_share=0.4, split=(0.5, 0.3, 0.2), ffn_step=8)
-    plan = multi.plan(model, groups, BATCHES, progress=False)
+    plan = multi.plan(model, structure_of(groups), BATCHES, progress=False)
     shares = [entry[2] for entry in plan.method["order"]]
     assert shares == sorted(shares)
     labels = [entry[0] for entry in plan.method["order"]]
@@ -96,7 +103,7 @@ def test_given_order_is_followed() -> None:
     keys = [group.key for group in groups if group.kind == "ffn"]
     order = {key: tuple(range(48)) for key in keys}
     multi = MultiPruner(parameter_share=0.2, split=(0, 1, 0), ffn_step=16, order=order)
-    plan = multi.plan(model, groups, BATCHES, progress=False)
+    plan = multi.plan(model, structure_of(groups), BATCHES, progress=False)
     assert plan.cuts
     assert all(cut.keep == tuple(range(len(cut.keep))) for cut in plan.cuts)
 
@@ -107,7 +114,7 @@ def test_all_stages_go_on_from_one_file(tmp_path: Path) -> None:
     multi = MultiPruner(parameter_share=0.35, split=(0.4, 0.4, 0.2), ffn_step=16)
     calls: list[int] = []
     handle = model.register_forward_pre_hook(lambda module, args: calls.append(1))
-    straight = multi.plan(model, groups, BATCHES, state_file=tmp_path / "straight.json", progress=False)
+    straight = multi.plan(model, structure_of(groups), BATCHES, state_file=tmp_path / "straight.json", progress=False)
     handle.remove()
     assert len({entry[0].rpartition(":")[2].split()[0] for entry in straight.method["order"]}) == 3
     last = len(calls) - 3  # in the last stage: merging the parts may run the model twice more
@@ -121,14 +128,14 @@ def test_all_stages_go_on_from_one_file(tmp_path: Path) -> None:
 
     handle = model.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        multi.plan(model, groups, BATCHES, state_file=path, progress=False)
+        multi.plan(model, structure_of(groups), BATCHES, state_file=path, progress=False)
     finished = len(json.loads(path.read_text())["scores"])
     assert finished == (last - 1) // 2  # two batches each
-    assert multi.plan(model, groups, BATCHES, state_file=path, progress=False) == straight
+    assert multi.plan(model, structure_of(groups), BATCHES, state_file=path, progress=False) == straight
     handle.remove()
     other = MultiPruner(parameter_share=0.35, split=(0.4, 0.4, 0.2), ffn_step=8)
     with pytest.raises(ValueError, match="another model, calibration or options"):
-        other.plan(model, groups, BATCHES, state_file=path, progress=False)
+        other.plan(model, structure_of(groups), BATCHES, state_file=path, progress=False)
 
 
 def test_wrong_options_are_refused() -> None:
@@ -137,19 +144,19 @@ def test_wrong_options_are_refused() -> None:
     with pytest.raises(ValueError, match="three shares >= 0 that add up to 1"):
         MultiPruner(parameter_share=0.1, split=(0.5, 0.4, 0.0))
     with pytest.raises(ValueError, match="order names the group 'x'"):
-        MultiPruner(parameter_share=0.1, order={"x": (0,)}).plan(model, groups, BATCHES)
+        MultiPruner(parameter_share=0.1, order={"x": (0,)}).plan(model, structure_of(groups), BATCHES)
     key = groups[1].key
     with pytest.raises(ValueError, match="must name each of its 48 units once"):
-        MultiPruner(parameter_share=0.1, order={key: (0, 0)}).plan(model, groups, BATCHES)
+        MultiPruner(parameter_share=0.1, order={key: (0, 0)}).plan(model, structure_of(groups), BATCHES)
     with pytest.raises(ValueError, match="units of mlp parts, but none can be removed"):
-        MultiPruner(parameter_share=0.1, split=(0, 1, 0)).plan(model, groups, BATCHES, progress=False)
+        MultiPruner(parameter_share=0.1, split=(0, 1, 0)).plan(model, structure_of(groups), BATCHES, progress=False)
 
 
 def test_perplexity_of_the_plan_is_that_of_the_last_step() -> None:
     model = llama(2)
     groups = llama_groups(model)
     multi = MultiPruner(parameter_share=0.2, split=(0, 0.8, 0.2), ffn_step=16)
-    plan = multi.plan(model, groups, BATCHES, progress=False)
+    plan = multi.plan(model, structure_of(groups), BATCHES, progress=False)
     evaluate = SequencePerplexity().prepare(model, BATCHES)
     by_key = {group.key: group for group in groups}
     value = evaluate(lambda: zeroed(model, by_key, plan.cuts))

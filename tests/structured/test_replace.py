@@ -22,6 +22,7 @@ from tests.structured.depth_models import (
     sampled,
     shake,
     stories3m,
+    structure_of,
     tiny_model,
 )
 from tests.tiny_models import VOCAB, tiny_llama
@@ -88,7 +89,7 @@ def four_blocks() -> PreTrainedModel:
 def test_only_the_projection_before_the_run_changes() -> None:
     model = four_blocks()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = ReplaceMe(num_blocks=1, start=2).replace_(model, llama_groups(model), BATCHES)
+    plan = ReplaceMe(num_blocks=1, start=2).plan(model, structure_of(llama_groups(model)), BATCHES)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
     assert plan.layers == (0, 1, 3)
@@ -99,7 +100,7 @@ def test_only_the_projection_before_the_run_changes() -> None:
 def test_stream_after_the_cut_is_the_best_fit() -> None:
     model = four_blocks()
     intact_outputs = [block_streams(model, batch) for batch in BATCHES]
-    plan = ReplaceMe(num_blocks=2, start=1, ridge=0).replace_(model, llama_groups(model), BATCHES)
+    plan = ReplaceMe(num_blocks=2, start=1, ridge=0).plan(model, structure_of(llama_groups(model)), BATCHES)
     fitted, deleted = 0.0, 0.0
     for batch, (_, outputs, mask) in zip(BATCHES, intact_outputs, strict=True):
         _, new, _ = block_streams(model, batch)
@@ -154,7 +155,7 @@ def test_start_is_the_run_of_smallest_distance_but_never_the_first_block() -> No
     distances = run_distance(model, BATCHES, 1)
     nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
     model.model.layers[0].mlp.down_proj.weight.data *= 1e-3  # the first block does next to nothing
-    plan = ReplaceMe(num_blocks=1).replace_(model, llama_groups(model), BATCHES)
+    plan = ReplaceMe(num_blocks=1).plan(model, structure_of(llama_groups(model)), BATCHES)
     assert plan.method["distances"] != distances
     assert min(plan.method["distances"]) == plan.method["distances"][0]
     assert plan.method["start"] == 1 + min(range(3), key=lambda i: plan.method["distances"][i + 1])
@@ -196,7 +197,7 @@ def test_norm_or_factor_behind_the_projection_is_refused_before_anything_changes
     for model in (gemma, granite):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match="does not write into the residual stream unchanged"):
-            ReplaceMe(num_blocks=1).replace_(model, _by_hand(model), BATCHES)
+            ReplaceMe(num_blocks=1).plan(model, structure_of(_by_hand(model)), BATCHES)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -214,13 +215,13 @@ def test_wrong_options_are_refused() -> None:
     model = four_blocks()
     groups = llama_groups(model)
     with pytest.raises(ValueError, match="start must be between 1 and 2, got 0"):
-        ReplaceMe(num_blocks=2, start=0).replace_(model, groups, BATCHES)
+        ReplaceMe(num_blocks=2, start=0).plan(model, structure_of(groups), BATCHES)
     with pytest.raises(ValueError, match="ridge must be >= 0"):
-        ReplaceMe(num_blocks=2, ridge=-1).replace_(model, groups, BATCHES)
+        ReplaceMe(num_blocks=2, ridge=-1).plan(model, structure_of(groups), BATCHES)
     with pytest.raises(ValueError, match="num_blocks must be between 1 and 3 for 4 blocks, got 4"):
-        ReplaceMe(num_blocks=4).replace_(model, groups, BATCHES)
+        ReplaceMe(num_blocks=4).plan(model, structure_of(groups), BATCHES)
     with pytest.raises(ValueError, match="42 tokens are too few to fit a map of 32 channels; give at least 64"):
-        ReplaceMe(num_blocks=1).replace_(model, groups, BATCHES[:2])
+        ReplaceMe(num_blocks=1).plan(model, structure_of(groups), BATCHES[:2])
 
 
 @pytest.mark.slow
@@ -235,6 +236,6 @@ def test_golden_replacement(num_blocks: int, start: int, deleted: float, replace
         return math.exp(evaluate(lambda: bypassed(model, [], layers=run)))
 
     assert perplexity() == pytest.approx(deleted, rel=0.1)
-    plan = ReplaceMe(num_blocks=num_blocks).replace_(model, llama_groups(model), calibration)
+    plan = ReplaceMe(num_blocks=num_blocks).plan(model, structure_of(llama_groups(model)), calibration)
     assert plan.method["start"] == start
     assert perplexity() == pytest.approx(replaced, rel=0.1)

@@ -1,0 +1,239 @@
+"""Open a Hugging Face causal language model, make it smaller at once, and write it again.
+
+Found, planned and cut in memory; the folder appears when everything is in it. Where the text has no part in the
+choice and the model has no tokenizer, the loss is not measured.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_prune.calibration import evaluating
+from lightning_prune.export.folder import PLAN_NAME, check_free
+from lightning_prune.export.huggingface import export_huggingface
+from lightning_prune.export.plan_note import num_parameters, plan_note, read_plan
+from lightning_prune.integrations.hf_oneshot import (
+    calibration_batches,
+    calibration_windows,
+    load_model,
+    longest_sequence,
+)
+from lightning_prune.integrations.per_layer_export import export_per_layer
+from lightning_prune.integrations.text_documents import read_documents
+from lightning_prune.recipe import Recipe
+from lightning_prune.structured.criteria import model_logits, next_token_targets, sequence_losses, token_mean
+from lightning_prune.structured.discover import discover
+from lightning_prune.structured.groups import Plan
+from lightning_prune.structured.overview import overview, refusals
+from lightning_prune.structured.shrink import shrink
+from lightning_prune.structured.structure import Structure
+
+__all__ = ["Text", "inspect_model", "replay_plan", "run_shrink", "text_loss"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """The calibration text: where it is, and how much of it is used.
+
+    Args:
+        data: a file or a folder; Python's own sources if left out.
+        num_sequences: how many sequences.
+        sequence_length: tokens per sequence; the longest the model reads, 2048 at most, if left out.
+        batch_size: sequences that go through the model together.
+    """
+
+    data: str | None = None
+    num_sequences: int = 128
+    sequence_length: int | None = None
+    batch_size: int = 8
+
+    def batches(self, model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Tensor]]:
+        """Return the batches.
+
+        Raises:
+            ValueError: if there is no tokenizer or too little text.
+        """
+        length = self.sequence_length or longest_sequence(model)
+        texts = [document.text for document in read_documents(self.data)]
+        windows_NT = calibration_windows(tokenizer, texts, num_sequences=self.num_sequences, sequence_length=length)
+        return calibration_batches(windows_NT, batch_size=self.batch_size, device=model.device)
+
+
+def run_shrink(
+    recipe: Recipe,
+    *,
+    model: str,
+    out: str,
+    text: Text | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    state_file: str | None = None,
+) -> dict[str, dict[str, float | None]]:
+    """Make a model smaller by the method of a recipe, and write it.
+
+    Args:
+        recipe: with a section `shrink.method`.
+        model: a model folder or a hub id.
+        out: a folder that does not exist yet or is empty.
+        text: the calibration text.
+        device: a torch device, or `auto` for an accelerator if there is one.
+        trust_remote_code: whether to run a modelling file that comes with the model.
+        state_file: where a search keeps its finished scores and finds those of an interrupted one.
+
+    Returns:
+        parameters and loss on the calibration text, each before and after.
+
+    Raises:
+        ValueError: if an input is wrong, or the model cannot be cut as asked. No model has been written then; a plan
+            that was made but cannot be carried out is kept beside the folder.
+    """
+    method = None if recipe.shrink is None else recipe.shrink.method
+    if method is None:
+        raise ValueError(f"recipe {recipe.name} has no shrink.method; it masks, and hf_oneshot.run_oneshot runs it")
+    job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), needs_batches=method.needs_batches)
+    plan = method.plan(job.model, job.structure, job.batches, state_file=state_file)
+    is_per_layer = recipe.export is not None and recipe.export.format == "per_layer"
+    try:
+        return job.write(plan, is_per_layer=is_per_layer, repaired=method.repairs, recipe=recipe.as_dict())
+    except (ValueError, RuntimeError) as error:
+        kept = Path(f"{out}.plan.json").expanduser()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
+        raise ValueError(f"{error}; no model was written, the plan is kept in {kept}") from error
+
+
+def replay_plan(
+    plan_file: str,
+    *,
+    model: str,
+    out: str,
+    text: Text | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float | None]]:
+    """Cut a fresh parent by a stored plan, and write it.
+
+    Args:
+        plan_file: a `lightning_prune.json`, the folder it lies in, or a plan alone.
+        model: the parent, a model folder or a hub id.
+        out: a folder that does not exist yet or is empty.
+        text: for the loss before and after.
+        device: a torch device, or `auto` for an accelerator if there is one.
+        trust_remote_code: whether to run a modelling file that comes with the model.
+
+    Returns:
+        parameters and loss on the calibration text, each before and after.
+
+    Raises:
+        ValueError: if the file holds no plan, or the plan does not fit the model; nothing has been written then.
+    """
+    plan, note = read_plan(plan_file)
+    if note.get("repaired"):
+        logger.warning(
+            "the plan came with repaired weights (%s), which it does not hold: its cut is repeated, the repair is not",
+            plan.method.get("name"),
+        )
+    job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), needs_batches=False)
+    return job.write(plan, is_per_layer=bool(plan.skip) or note.get("form", "stock") != "stock", repaired=False)
+
+
+def inspect_model(
+    name: str, *, device: str = "auto", trust_remote_code: bool = False
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Return a table of what can be cut from a model, and one sentence for each thing that cannot.
+
+    Raises:
+        ValueError: if the model cannot be opened, or not be built from its configuration.
+    """
+    model, _ = load_model(name, device=device, trust_remote_code=trust_remote_code)
+    structure = discover(model)
+    return overview(structure), refusals(structure)
+
+
+@torch.no_grad()
+def text_loss(model: nn.Module, batches: Sequence[dict[str, Tensor]], *, title: str) -> float | None:
+    """Return the mean negative log likelihood per token, in nats; None without batches."""
+    total = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model):
+        for batch in tqdm(batches, desc=title, disable=not batches):
+            logits_BTV, inputs = model_logits(model, batch)
+            targets_BT, chosen_BT = next_token_targets(inputs)
+            total += token_mean(*sequence_losses(logits_BTV[:, :-1], targets_BT, chosen_BT)).cpu()
+    return float(total[0] / total[1]) if batches else None
+
+
+class _Source(NamedTuple):
+    """Where a model comes from, and how it is opened."""
+
+    name: str
+    device: str
+    trust_remote_code: bool
+
+
+class _Job:
+    """One model on its way from one folder to another."""
+
+    def __init__(self, source: _Source, out: str, text: Text, *, needs_batches: bool) -> None:
+        check_free(out)
+        self.out = out
+        self.model, self.tokenizer = load_model(
+            source.name, device=source.device, trust_remote_code=source.trust_remote_code
+        )
+        logger.info("looking for what can be cut from %s", source.name)
+        self.structure: Structure = discover(self.model)
+        self.batches: list[dict[str, Tensor]] = []
+        if needs_batches or self.tokenizer is not None:
+            self.batches = text.batches(self.model, self.tokenizer)
+        self.before = num_parameters(self.model)
+        self.loss_before = text_loss(self.model, self.batches, title="loss before")
+
+    def write(
+        self, plan: Plan, *, is_per_layer: bool, repaired: bool, recipe: dict[str, Any] | None = None
+    ) -> dict[str, dict[str, float | None]]:
+        """Cut the model and write it, with the plan."""
+        write = self._write_per_layer if is_per_layer else self._write_stock
+        metrics = write(plan, repaired, recipe)
+        counts, losses = metrics["parameters"], metrics["loss"]
+        logger.info("parameters: %d -> %d", counts["before"], counts["after"])
+        if losses["before"] is not None:
+            logger.info("loss on the calibration text: %.4f -> %.4f", losses["before"], losses["after"])
+        logger.info("written to %s", self.out)
+        return metrics
+
+    def _metrics(self, small: nn.Module) -> dict[str, dict[str, float | None]]:
+        loss = text_loss(small, self.batches, title="loss after")
+        return {
+            "parameters": {"before": self.before, "after": num_parameters(small)},
+            "loss": {"before": self.loss_before, "after": loss},
+        }
+
+    def _write_stock(
+        self, plan: Plan, repaired: bool, recipe: dict[str, Any] | None
+    ) -> dict[str, dict[str, float | None]]:
+        small = shrink(self.model, plan, structure=self.structure, consume=True)
+        metrics = self._metrics(small)
+        note = plan_note(plan, parent=self.model, repaired=repaired, metrics=metrics, recipe=recipe)
+        export_huggingface(small, self.out, tokenizer=self.tokenizer, plan_note=note)
+        return metrics
+
+    def _write_per_layer(
+        self, plan: Plan, repaired: bool, recipe: dict[str, Any] | None
+    ) -> dict[str, dict[str, float | None]]:
+        """Write blocks of different shapes; the numbers are those of the folder as it loads."""
+        folder = export_per_layer(self.model, plan, self.out, structure=self.structure, tokenizer=self.tokenizer)
+        small: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        metrics = self._metrics(small.to(self.model.device))
+        written = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
+        note = plan_note(plan, parent=self.model, repaired=repaired, metrics=metrics, recipe=recipe) | written
+        (folder / PLAN_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        return metrics

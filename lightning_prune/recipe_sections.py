@@ -1,0 +1,81 @@
+"""The sections of a recipe: one frozen set of options each, checked as far as a section can be on its own."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.granularity import Unstructured
+from lightning_prune.guard import MetricGuard
+from lightning_prune.scorers.magnitude import Magnitude
+from lightning_prune.structured.method import StructuredMethod
+from lightning_prune.targets import Targets
+from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
+
+__all__ = ["Evaluate", "Export", "Prune", "ReportOptions", "Shrink"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """What to prune, how it is rated and shared out, and when."""
+
+    schedule: Schedule
+    targets: Targets = field(default_factory=Targets)
+    granularity: Granularity = field(default_factory=Unstructured)
+    scorer: Scorer = field(default_factory=Magnitude)
+    allocation: Allocation = field(default_factory=Uniform)
+    guard: MetricGuard | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """How a model becomes smaller: at once, by a method; or in the end, by cutting units whose masks are all zero."""
+
+    method: StructuredMethod | None = None
+    zeros: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.method is None) != self.zeros:
+            given = "both" if self.zeros else "none of them"
+            raise ValueError(f"shrink takes either a method, or zeros: true for units masked in training; got {given}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Which lm-eval tasks to run, and when; `every` is in optimizer steps, `limit` in documents per task."""
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+    at: tuple[Literal["start", "end"], ...] = ("start", "end")
+    every: int | None = None
+    batch_size: int = 8
+    num_fewshot: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(
+                "evaluate.tasks is empty, so nothing would be evaluated; name a task or set evaluate: null"
+            )
+        if not self.at and self.every is None:
+            raise ValueError("evaluate has neither at nor every, so it would never run; give one or set evaluate: null")
+        for name, value in (("every", self.every), ("limit", self.limit), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"evaluate.{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """The form the pruned model is written in, and the folder; without a folder the program that runs decides.
+
+    `per_layer` is a Hugging Face folder whose blocks may differ in shape; only `shrink.method` makes such models.
+    """
+
+    format: Literal["dense", "huggingface", "per_layer"] = "dense"
+    dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where the report page goes; without a folder none is written."""
+
+    dir: str | None = None

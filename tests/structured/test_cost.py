@@ -1,0 +1,64 @@
+"""Budgets; counts of a tiny Llama worked by hand."""
+
+import pytest
+import torch
+
+from lightning_prune.structured.budgets import uniform
+from lightning_prune.structured.cost import Budget, num_flops, num_parameters, sparsity_within
+from lightning_prune.structured.discover import discover
+from lightning_prune.structured.groups import Cut
+from tests.tiny_models import tiny_llama
+
+
+def test_counts_of_the_smaller_model() -> None:
+    model = tiny_llama(layers=2)  # hidden 32, FFN 48, 4 heads of 8 in 2 groups, 64 tied tokens
+    structure = discover(model)
+    attention, norms = 32 * (32 + 16 + 16 + 32), 2 * 32
+    dense = 64 * 32 + 2 * (attention + 3 * 32 * 48 + norms) + 32
+    assert num_parameters(model, structure, ()) == dense == sum(p.numel() for p in model.parameters())
+    half = [Cut(group.key, tuple(range(24))) for group in structure.of_kind("ffn")]
+    assert num_parameters(model, structure, half) == dense - 2 * 3 * 32 * 24
+    assert num_flops(model, structure, half) == 2 * (64 * 32 + 2 * (attention + 3 * 32 * 24))
+
+
+def test_the_smallest_sparsity_within_a_budget() -> None:
+    model = tiny_llama(layers=2)
+    structure = discover(model)
+    dense = num_parameters(model, structure, ())
+    sparsity = sparsity_within(model, structure, ("ffn",), Budget(share=0.8))
+    units = 48 - int(sparsity * 48 + 1e-6)
+    assert dense - 2 * 3 * 32 * (48 - units) <= 0.8 * dense < dense - 2 * 3 * 32 * (48 - units - 1)
+    by_eight = sparsity_within(model, structure, ("ffn",), Budget(share=0.8, of="flops"), multiple_of=8)
+    kept = uniform(structure.of_kind("ffn")[0], by_eight, 8)
+
+    def flops(width: int) -> int:
+        return num_flops(model, structure, [Cut(g.key, tuple(range(width))) for g in structure.of_kind("ffn")])
+
+    assert kept % 8 == 0
+    assert flops(kept) <= 0.8 * num_flops(model, structure, ()) < flops(kept + 8)
+    with pytest.raises(ValueError, match=r"as far as possible leaves 0.* more than the budget of 0.1"):
+        sparsity_within(model, structure, ("ffn",), Budget(share=0.1))
+
+
+def test_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a forward pass is replaced by the FFN width, so that the search has one right answer."""
+    model = tiny_llama(layers=2)
+    structure = discover(model, kinds=("ffn",))
+    monkeypatch.setattr(
+        "lightning_prune.structured.cost._median_seconds", lambda small, inputs: float(small.config.intermediate_size)
+    )
+    sparsity = sparsity_within(model, structure, ("ffn",), Budget(share=0.5, of="latency"))
+    assert sparsity == 0.5
+    ids_NT = torch.zeros(1, 4, dtype=torch.long)
+    assert (
+        sparsity_within(model, structure, ("ffn",), Budget(share=0.75, of="latency"), inputs={"input_ids": ids_NT})
+        == 0.25
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"share": 1.0}, r"\(0, 1\), got 1.0"), ({"share": 0.5, "of": "joules"}, "'joules'")]
+)
+def test_bad_budgets_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**options)
