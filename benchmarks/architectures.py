@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_prune.calibration import evaluating
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.shrink import masked, shrink
 from lightning_prune.structured.structure import Structure

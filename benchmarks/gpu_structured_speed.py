@@ -15,7 +15,7 @@ import torch
 from measure import limit, print_table, random_llama, seconds, spread, write_result
 from torch import nn
 
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.shrink import shrink
 

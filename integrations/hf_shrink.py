@@ -29,8 +29,8 @@ from lightning_prune.integrations.hf_oneshot import (
 from lightning_prune.integrations.per_layer_export import export_per_layer
 from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.recipe import Recipe
-from lightning_prune.structured.criteria import model_logits, next_token_targets, sequence_losses, token_mean
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.depth.criteria import model_logits, next_token_targets, sequence_losses, token_mean
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.overview import overview, refusals
 from lightning_prune.structured.shrink import shrink

@@ -23,12 +23,12 @@ from lightning_prune.integrations.per_layer_skip import (
     stand_ins,
 )
 from lightning_prune.integrations.per_layer_source import per_layer_classes, stock_class_of
-from lightning_prune.structured.blueprint import Blueprint
 from lightning_prune.structured.build import build_smaller, check_whole
-from lightning_prune.structured.bypass import PART_OF_KIND, SubBlock, bypassed
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.depth.bypass import PART_OF_KIND, SubBlock, bypassed
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.structured.discovery.probe import difference, outputs, probe_inputs, tolerance
 from lightning_prune.structured.groups import Group, Plan
-from lightning_prune.structured.probe import difference, outputs, probe_inputs, tolerance
 from lightning_prune.structured.shrink import masked
 from lightning_prune.structured.structure import Stack, Structure
 

@@ -23,12 +23,12 @@ from lightning_prune.export.huggingface import check_huggingface
 from lightning_prune.export.plan_note import num_parameters
 from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_source import stock_class_of
-from lightning_prune.structured.blueprint import Blueprint
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.cutting import without_orphans
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.structured.discovery.probe import outputs, probe_inputs
 from lightning_prune.structured.groups import Plan
-from lightning_prune.structured.probe import outputs, probe_inputs
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure
 

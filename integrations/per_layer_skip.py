@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_prune.calibration import evaluating
 from lightning_prune.integrations.per_layer_model import Nothing
-from lightning_prune.structured.bypass import PART_OF_KIND, SubBlock, sub_blocks
+from lightning_prune.structured.depth.bypass import PART_OF_KIND, SubBlock, sub_blocks
+from lightning_prune.structured.discovery.probe import difference, outputs, tolerance
 from lightning_prune.structured.groups import Group, Member, Plan
-from lightning_prune.structured.probe import difference, outputs, tolerance
 from lightning_prune.structured.structure import Stack, Structure
 
 __all__ = ["check_cache", "drop_idle_norms", "part_groups", "removed_parts", "stand_ins"]

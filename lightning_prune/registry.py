@@ -25,7 +25,7 @@ __all__ = ["Entry", "contract", "entries", "get", "nearest", "rooms", "statistic
 # Contracts that speak of nouns from floors above this file: room -> (module, class).
 _FURTHER_CONTRACTS = {
     "structured": ("structured.method", "StructuredMethod"),
-    "structured.criteria": ("structured.criteria", "Criterion"),
+    "structured.depth.criteria": ("structured.depth.criteria", "Criterion"),
     "solvers.greedy_output": ("solvers.greedy_output", "OutputChooser"),
 }
 
@@ -134,12 +134,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def _files(module: ModuleType) -> Iterator[tuple[str, ModuleType]]:
-    """Yield (file name, module) for a folder; for a single file, an empty name and the module itself."""
+    """Yield (file name, module) for a folder and the folders in it; for a single file, an empty name and itself."""
     if not hasattr(module, "__path__"):
         yield "", module
         return
-    for info in pkgutil.iter_modules(module.__path__):
-        yield info.name, importlib.import_module(f"{module.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(module.__path__, f"{module.__name__}."):
+        if not info.ispkg:
+            yield info.name.rpartition(".")[2], importlib.import_module(info.name)
 
 
 def _entries_of_file(room: str, name: str, module: ModuleType, base: type) -> Iterator[Entry]:

@@ -16,13 +16,13 @@ from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.solvers.greedy_output import GreedyOutput
 from lightning_prune.sparsifier import Sparsifier
-from lightning_prune.structured.criteria import SequencePerplexity
-from lightning_prune.structured.depth import SLEB, ShortGPT
+from lightning_prune.structured.depth.criteria import SequencePerplexity
+from lightning_prune.structured.depth.methods import SLEB, ShortGPT
+from lightning_prune.structured.depth.multipruner import MultiPruner
+from lightning_prune.structured.depth.search import Stop
 from lightning_prune.structured.method import StructuredMethod
-from lightning_prune.structured.multipruner import MultiPruner
-from lightning_prune.structured.search import Stop
-from lightning_prune.structured.unit_scores import Reduction
-from lightning_prune.structured.width_method import Width
+from lightning_prune.structured.width.method import Width
+from lightning_prune.structured.width.unit_scores import Reduction
 from lightning_prune.targets import Targets
 
 BASE = """

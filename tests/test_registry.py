@@ -50,7 +50,10 @@ def test_get_takes_file_and_class_names() -> None:
 
 
 def test_unknown_names_give_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown scorer 'wnda'; did you mean 'Wanda'\? known: Activation, Fluctuation, Gradient, Magnitude"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown scorer 'wnda'; did you mean 'Wanda'\? known: Activation, Fluctuation, Gradient, Magnitude",
+    ):
         registry.get("scorers", "wnda")
     with pytest.raises(ValueError, match=r"unknown schedule 'cubik'; did you mean 'Cubic'\?"):
         registry.get("schedules", "cubik")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import distributed
-from lightning_prune.structured.blueprint import Blueprint, Path, leaves
 from lightning_prune.structured.cutting import Removal, cut_shape, cut_tensor, removal_of, scale_of, without_orphans
+from lightning_prune.structured.discovery.blueprint import Blueprint, Path, leaves
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.structure import Structure
 
@@ -166,7 +166,7 @@ def _counts(
         num_removed = group.num_units - len(cuts[key].keep) if key in cuts else 0
         for name, step in group.fields.items():
             path = tuple(name.split("."))
-            old = step * group.num_units if flat[path] is None else flat[path]
+            old: Any = step * group.num_units if flat[path] is None else flat[path]
             place: int | str = group.layer if isinstance(old, list) and group.layer is not None else group.name
             value = (old[place] if isinstance(place, int) else old) - step * num_removed
             wanted = result.setdefault(path, {})

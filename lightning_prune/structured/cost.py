@@ -16,13 +16,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structured.blueprint import Blueprint
-from lightning_prune.structured.budgets import uniform
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.cutting import cut_shape, removal_of, without_orphans
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.probe import outputs, probe_inputs
 from lightning_prune.structured.groups import Cut, Group, Plan
-from lightning_prune.structured.probe import outputs, probe_inputs
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.width.budgets import uniform
 
 __all__ = ["Budget", "num_flops", "num_parameters", "sparsity_within"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed
 from lightning_prune.structured.build import check_whole
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.from_zeros import can_fall, plan_from_zeros
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.shrink import shrink

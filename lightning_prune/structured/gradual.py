@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from lightning_prune import distributed
-from lightning_prune.structured.budgets import chosen, uniform
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Group, Kind, Plan
 from lightning_prune.structured.in_place import cut_in_place
 from lightning_prune.structured.structure import Structure
-from lightning_prune.structured.unit_scores import Reduction, unit_scores
+from lightning_prune.structured.width.budgets import chosen, uniform
+from lightning_prune.structured.width.unit_scores import Reduction, unit_scores
 from lightning_prune.types import Schedule
 
 __all__ = ["GradualShrink", "fit_to_shapes"]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import distributed, hooks
-from lightning_prune.structured.blueprint import Blueprint
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.cutting import Removal, cut_tensor, removal_of, without_orphans
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure

@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from lightning_prune.structured.blueprint import Blueprint
 from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.cutting import without_orphans
-from lightning_prune.structured.discover import discover
-from lightning_prune.structured.expert_mask import routed_around
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.structured.discovery.expert_mask import routed_around
+from lightning_prune.structured.discovery.probe import difference, outputs, probe_inputs, skipping, tolerance
+from lightning_prune.structured.discovery.stack import blocks_of
 from lightning_prune.structured.groups import Plan, zeroed
-from lightning_prune.structured.probe import difference, outputs, probe_inputs, skipping, tolerance
-from lightning_prune.structured.stack import blocks_of
 from lightning_prune.structured.structure import Structure
 
 __all__ = ["masked", "shrink"]

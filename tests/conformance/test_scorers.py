@@ -170,6 +170,6 @@ def test_the_file_is_a_method_card(entry: registry.Entry) -> None:
 def test_a_recipe_uses_it(entry: registry.Entry) -> None:
     used = set()
     for path in RECIPES.rglob("*.yaml"):
-        scorer = yaml.safe_load(path.read_text())["prune"].get("scorer")
+        scorer = (yaml.safe_load(path.read_text()).get("prune") or {}).get("scorer")
         used.add(scorer["class_path"] if isinstance(scorer, dict) else scorer)
     assert entry.cls.__name__ in used

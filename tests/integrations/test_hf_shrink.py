@@ -14,10 +14,10 @@ from lightning_prune.integrations import hf_shrink
 from lightning_prune.integrations.hf_oneshot import load_model
 from lightning_prune.integrations.hf_shrink import Text, inspect_model, replay_plan, run_shrink, text_loss
 from lightning_prune.recipe import Recipe
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.depth.search import fingerprint_batches
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan, zeroed
-from lightning_prune.structured.search import fingerprint_batches
-from lightning_prune.structured.width_options import fingerprint
+from lightning_prune.structured.width.options import fingerprint
 from tests.model_folders import TEXT, character_tokenizer
 from tests.tiny_models import tiny_family, tiny_llama, token_windows
 

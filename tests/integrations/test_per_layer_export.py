@@ -15,7 +15,7 @@ from lightning_prune.export.folder import PLAN_NAME
 from lightning_prune.export.plan_note import read_plan
 from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_export import export_per_layer
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.shrink import shrink
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_model import Nothing
 from lightning_prune.integrations.per_layer_source import per_layer_classes
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan, zeroed
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens
 

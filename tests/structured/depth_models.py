@@ -19,8 +19,8 @@ from transformers import (
     set_seed,
 )
 
+from lightning_prune.structured.depth.replace import ReplaceMe
 from lightning_prune.structured.groups import Group, Kind, Member, Role
-from lightning_prune.structured.replace import ReplaceMe
 from lightning_prune.structured.structure import Structure
 from tests.tiny_models import VOCAB, tiny_family, tiny_llama, token_windows
 

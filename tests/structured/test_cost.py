@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lightning_prune.structured.budgets import uniform
 from lightning_prune.structured.cost import Budget, num_flops, num_parameters, sparsity_within
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut
+from lightning_prune.structured.width.budgets import uniform
 from tests.tiny_models import tiny_llama
 
 

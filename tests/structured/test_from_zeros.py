@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.from_zeros import alive_units, plan_from_zeros
 from lightning_prune.structured.groups import Group, Member
 from lightning_prune.structured.shrink import shrink

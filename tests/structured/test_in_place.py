@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune import distributed
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.in_place import cut_in_place
 from lightning_prune.structured.shrink import shrink
 from tests.processes import Processes
-from tests.structured.test_discover import build, randomised
+from tests.structured.families import build, randomised
 from tests.tiny_models import tiny_llama, token_windows
 
 

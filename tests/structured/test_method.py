@@ -12,16 +12,16 @@ from lightning_prune import registry
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.random import Random
 from lightning_prune.scorers.wanda import Wanda
-from lightning_prune.structured.depth import SLEB, BlockPruner, FinerCut, RemoveTail, ShortGPT
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.depth.methods import SLEB, BlockPruner, FinerCut, RemoveTail, ShortGPT
+from lightning_prune.structured.depth.multipruner import MultiPruner
+from lightning_prune.structured.depth.replace import ReplaceMe
+from lightning_prune.structured.depth.search import Stop
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.method import StructuredMethod
-from lightning_prune.structured.multipruner import MultiPruner
 from lightning_prune.structured.overview import overview, refusals
-from lightning_prune.structured.replace import ReplaceMe
-from lightning_prune.structured.search import Stop
 from lightning_prune.structured.shrink import shrink
-from lightning_prune.structured.width import prune_width
-from lightning_prune.structured.width_method import Width
+from lightning_prune.structured.width.block_by_block import prune_width
+from lightning_prune.structured.width.method import Width
 from tests.structured.depth_models import padded_batches, shake
 from tests.tiny_models import tiny_family, tiny_llama
 
@@ -56,7 +56,7 @@ def test_the_room_lists_every_method_with_a_source() -> None:
         )
     assert "arXiv 2402.09025" in offered["SLEB"].source
     assert "2403.03853" not in offered["SLEB"].source
-    assert {entry.cls.__name__ for entry in registry.entries("structured.criteria")} >= {
+    assert {entry.cls.__name__ for entry in registry.entries("structured.depth.criteria")} >= {
         "NextTokenLoss",
         "JensenShannon",
     }
@@ -186,5 +186,5 @@ def test_the_overview_counts_what_can_be_cut() -> None:
 
 def test_contracts_of_rooms_above_the_registry_are_what_they_say() -> None:
     assert registry.contract("structured") is StructuredMethod
-    module = importlib.import_module("lightning_prune.structured.criteria")
-    assert registry.contract("structured.criteria") is module.Criterion
+    module = importlib.import_module("lightning_prune.structured.depth.criteria")
+    assert registry.contract("structured.depth.criteria") is module.Criterion

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.structured.build import build_smaller, check_whole
-from lightning_prune.structured.discover import discover
+from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.shrink import masked, shrink
 from lightning_prune.structured.structure import Structure
-from tests.structured.test_discover import build, randomised
+from tests.structured.families import build, randomised
 from tests.tiny_models import tiny_llama
 
 FAMILIES = (

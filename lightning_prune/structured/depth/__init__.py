@@ -1,0 +1,1 @@
+"""Remove blocks and sub-blocks: candidates, criteria, the search, and the methods made of them."""

@@ -1,0 +1,1 @@
+"""Find what can be cut from a model, and prove it."""
