@@ -27,6 +27,7 @@ class Mutation:
 SPARSIFIER, HF = "tests/test_sparsifier.py", "tests/integrations/test_hf_trainer.py"
 LIGHTNING = "tests/integrations/test_lightning_trainer.py"
 CORE, ADAPTERS = "lightning_prune", "integrations"
+STRUCTURED, STRUCTURED_TESTS = "lightning_prune/structured", "tests/structured"
 MUTATIONS = (
     Mutation(
         "gradients of pruned weights are zeroed before clipping",
@@ -230,6 +231,90 @@ MUTATIONS = (
         "return EXIT_NOT_PRUNED",
         "return 0",
         "tests/integrations/test_exec_inject.py",
+    ),
+    Mutation(
+        "wrong orders of units are found out",
+        f"{STRUCTURED}/discovery/discover.py",
+        "if not gap <= TOLERANCE:",
+        "if False:",
+        f"{STRUCTURED_TESTS}/discovery/test_discover.py -k order",
+    ),
+    Mutation(
+        "a probe that sees nothing proves nothing",
+        f"{STRUCTURED}/discovery/discover.py",
+        "if torch.equal(expected, self.intact):",
+        "if False:",
+        f"{STRUCTURED_TESTS}/discovery/test_discover.py -k sees_nothing",
+    ),
+    Mutation(
+        "the smaller model is compared with the masked one",
+        f"{STRUCTURED}/shrink.py",
+        "if not gap <= tolerance(expected):",
+        "if False:",
+        f"{STRUCTURED_TESTS}/test_shrink.py -k noticed",
+    ),
+    Mutation(
+        "norms over fewer channels are made up for",
+        f"{STRUCTURED}/cutting.py",
+        "if member.power and",
+        "if False and",
+        f"{STRUCTURED_TESTS}/discovery/test_discover.py -k every_kind",
+    ),
+    Mutation(
+        "the head size is pinned when heads or channels go",
+        f"{STRUCTURED}/build.py",
+        'edits |= {tuple(name.split(".")): value for name, value in group.pins.items()}',
+        "pass",
+        f"{STRUCTURED_TESTS}/test_shrink.py -k key_value",
+    ),
+    Mutation(
+        "query heads stay even",
+        f"{STRUCTURED}/groups.py",
+        "if counts.unique().numel() > 1:",
+        "if False:",
+        f"{STRUCTURED_TESTS}/test_groups.py",
+    ),
+    Mutation(
+        "removed experts get no tokens",
+        f"{STRUCTURED}/discovery/expert_mask.py",
+        "return output.index_fill(-1, self.removed[key], -torch.inf)",
+        "return output",
+        f"{STRUCTURED_TESTS}/discovery/test_discover.py -k experts",
+    ),
+    Mutation(
+        "optimizers follow a cut",
+        f"{STRUCTURED}/in_place.py",
+        'group["params"] = kept',
+        "pass",
+        f"{STRUCTURED_TESTS}/test_in_place.py -k goes_on",
+    ),
+    Mutation(
+        "moments are cut like their weights",
+        f"{STRUCTURED}/in_place.py",
+        "optimizer.state[new] = {",
+        "_ = {",
+        f"{STRUCTURED_TESTS}/test_in_place.py -k goes_on",
+    ),
+    Mutation(
+        "ranks stay together after a cut",
+        f"{STRUCTURED}/in_place.py",
+        "distributed.rebuild(wrapper)",
+        "pass",
+        f"{STRUCTURED_TESTS}/test_in_place.py -k ranks",
+    ),
+    Mutation(
+        "checkpoints remember what they were cut from",
+        f"{STRUCTURED}/gradual.py",
+        "config.cut_from = first",
+        "pass",
+        f"{STRUCTURED_TESTS}/test_gradual.py -k remembers",
+    ),
+    Mutation(
+        "a full-size module takes a smaller checkpoint",
+        f"{ADAPTERS}/lightning_gradual_shrink.py",
+        "pl_module.register_load_state_dict_pre_hook(fit)",
+        "pass",
+        "tests/integrations/test_gradual_shrink.py -k lightning",
     ),
 )
 

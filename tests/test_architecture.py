@@ -31,7 +31,7 @@ FLOORS: dict[str, float] = {
     "conditional": 2,
     "statistics": 2,
     "kernels": 2,
-    "structured": 2,
+    "structured": 4.4,
     "structured.discovery": 2,
     "structured.depth": 3,
     "structured.width": 3,
