@@ -63,7 +63,11 @@ def batches_of(folder: Path, text: Text) -> list[dict[str, torch.Tensor]]:
 
 
 STOCK = [  # recipe, overrides, changed fields of the configuration
-    ("width_quarter", ["shrink.method.sparsity.heads=0.5"], {"intermediate_size": 36, "num_attention_heads": 2}),
+    (
+        "width_quarter",
+        ["shrink.method.sparsity={ffn: 0.25, heads: 0.5}"],
+        {"intermediate_size": 36, "num_attention_heads": 2},
+    ),
     ("minitron_width", [], {"intermediate_size": 36}),
     ("sleb", ["shrink.method.stop.count=1"], {"num_hidden_layers": 3}),
     ("shortgpt", [], {"num_hidden_layers": 2}),

@@ -132,6 +132,21 @@ class _Width:
                         f"{member.name} has no bias that could take up the mean; use compensate='least_squares', which "
                         "needs none"
                     )
+        if self.options.budget == "uniform":
+            self._check_effect(self._count())
+
+    def _check_effect(self, counts: Mapping[str, int]) -> None:
+        """Refuse a sparsity that is too small to remove a single unit."""
+        for kind, sparsity in self.options.sparsity.items():
+            of_kind = [group for group in self.groups if group.kind == kind]
+            if sparsity > 0 and all(counts[group.key] == group.num_units for group in of_kind):
+                size = of_kind[0].num_units // of_kind[0].num_parts
+                step = max(1, self._multiple(of_kind[0]))
+                raise ValueError(
+                    f"sparsity {sparsity} of {kind} removes nothing: they come in runs of {size} that lose whole "
+                    f"{'units' if step == 1 else f'multiples of {step}'}; give at least {step / size:.4g}, or leave "
+                    f"{kind} out"
+                )
 
     # What is observed
 

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -95,6 +97,16 @@ def test_the_order_of_units_in_fused_tensors_is_found() -> None:
     members = {member.name: member for member in structure.groups["model.layers.0.self_attn:kv_groups"].members}
     # query heads of a group: 2 of size 8; then all keys, then all values
     assert members["model.layers.0.self_attn.qkv_proj.weight"].runs == ((0, 16), (32, 8), (48, 8))
+
+
+def test_an_unlikely_order_is_found_by_trying() -> None:
+    """GPT-OSS lays gate and up of one unit side by side, unlike everybody else."""
+    torch.manual_seed(0)
+    config = GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=2)
+    structure = discover(randomised(GptOssForCausalLM(config)), kinds=("ffn",))
+    members = {member.name: member for member in structure.groups["model.layers.0.mlp.experts.1:ffn"].members}
+    assert members["model.layers.0.mlp.experts.gate_up_proj"].runs == ((0, 2),)
+    assert members["model.layers.0.mlp.experts.gate_up_proj_bias"].runs == ((0, 2),)
 
 
 @pytest.mark.parametrize(

@@ -357,3 +357,17 @@ def test_two_processes_with_half_of_the_batches_each_cut_as_one_does_with_all() 
                 assert rank_plan.cuts == plan.cuts
                 for name, value in model.state_dict().items():
                     torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sparsity_that_removes_nothing_is_refused() -> None:
+    model = tiny_llama()  # 2 query heads in each key/value group
+    with pytest.raises(ValueError, match=r"0.4 of heads removes nothing: they come in runs of 2 .* at least 0.5"):
+        prune_width(
+            model,
+            llama_groups(model),
+            (),
+            scorer=Magnitude(),
+            sparsity={"heads": 0.4},
+            compensate="none",
+            progress=False,
+        )
