@@ -5,8 +5,8 @@ The options of `block_by_block.prune_width` as a method that a recipe can name.
 Source: Wanda, arXiv 2306.11695, or any other scorer, reduced to units; the order and the repair are those of weight
     subcloning and LIAR, arXiv 2407.13331; the global ranking is FLAP's, arXiv 2312.11983.
 Cost: one forward pass of a block per group in it, and a Gram matrix of one layer.
-Limits: see `block_by_block.prune_width`. A global budget or one per group gives blocks of different widths, which the stock
-    class cannot hold: it needs per-layer shapes.
+Limits: see `block_by_block.prune_width`. A global budget or one per group gives blocks of different widths, which the
+    stock class cannot hold: it needs per-layer shapes.
 """
 
 from collections.abc import Mapping, Sequence
