@@ -29,7 +29,16 @@ from tests.tiny_models import token_windows
 
 BATCHES = [{"input_ids": ids_NT} for ids_NT in token_windows(24, 16, seed=4).split(6)]
 ONE = Stop(count=1)
-FAMILIES = ("llama", "llama, biased, untied", "llama, one key/value head", "qwen2", "gpt_neox", "gpt2", "opt")
+FAMILIES = (
+    "llama",
+    "llama, biased, untied",
+    "llama, one key/value head",
+    "qwen2",
+    "mistral",
+    "gpt_neox",
+    "gpt2",
+    "opt",
+)
 EVERYWHERE: dict[str, StructuredMethod] = {
     "Wanda + least squares": Width(sparsity={"ffn": 0.25}, scorer=Wanda()),
     "ShortGPT": ShortGPT(num_blocks=1),

@@ -12,8 +12,10 @@ from lightning_prune.integrations import exec_process
 from lightning_prune.integrations.exec_process import run_process
 
 # Imported on its own, which is quicker by the time it takes to import torch.
+# Started from a shell's background, the tests would hand down that interrupts are ignored.
 RUN_PROCESS = f"""
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(Path(exec_process.__file__).parent)!r})
 from exec_process import run_process
 sys.exit(run_process([sys.executable, *sys.argv[1:]], os.environ))

@@ -8,6 +8,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     OPTConfig,
@@ -48,6 +50,8 @@ def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     if name == "phi3":
         return Phi3ForCausalLM(Phi3Config(**SIZES))
+    if name == "mistral":
+        return MistralForCausalLM(MistralConfig(**SIZES))
     if name == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**SIZES))
     if name == "gemma2":

@@ -22,6 +22,7 @@ FAMILIES = (
     "llama, biased, untied",
     "llama, one key/value head",
     "qwen2",
+    "mistral",
     "phi3",
     "gemma2",
     "gpt2",

@@ -27,6 +27,7 @@ FOUND = {
     "llama, one key/value head": {"ffn", "heads", "hidden"},
     "phi3": {"ffn", "heads", "kv_groups", "hidden"},
     "qwen2": {"ffn", "heads", "kv_groups", "hidden"},
+    "mistral": {"ffn", "heads", "kv_groups", "hidden"},
     "gemma2": {"ffn", "heads", "kv_groups", "hidden"},
     "olmo2": {"ffn", "heads", "kv_groups", "hidden"},
     "qwen3_moe": {"ffn", "heads", "hidden", "experts"},
