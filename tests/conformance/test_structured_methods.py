@@ -39,6 +39,7 @@ FAMILIES = (
     "gpt2",
     "opt",
 )
+QUICK = ("llama", "gpt2", "opt")  # on the others only one method runs by default
 EVERYWHERE: dict[str, StructuredMethod] = {
     "Wanda + least squares": Width(sparsity={"ffn": 0.25}, scorer=Wanda()),
     "ShortGPT": ShortGPT(num_blocks=1),
@@ -55,8 +56,13 @@ ON_LLAMA: dict[str, StructuredMethod] = {
     for scorer in (Random(), Magnitude(), Taylor(), Wanda(), Activation(), Fluctuation(), GreedyOutput())
     for compensate in ("none", "least_squares")
 }
-CASES = [(family, name) for family in FAMILIES for name in EVERYWHERE] + [("llama", name) for name in ON_LLAMA]
-CASES.append(("mamba", "Mamba-Shedder"))
+CASES = [
+    pytest.param(family, name, marks=() if family in QUICK or name.startswith("Wanda") else pytest.mark.slow)
+    for family in FAMILIES
+    for name in EVERYWHERE
+]
+CASES += [pytest.param("llama", name) for name in ON_LLAMA]
+CASES.append(pytest.param("mamba", "Mamba-Shedder"))
 METHODS = EVERYWHERE | ON_LLAMA | {"Mamba-Shedder": MambaShedder(stop=ONE)}
 
 

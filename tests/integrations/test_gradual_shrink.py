@@ -45,7 +45,10 @@ def test_transformers_and_a_bare_loop_give_the_same_weights_and_resume(tmp_path:
         assert same(model.state_dict(), again.state_dict()), step
 
 
-@pytest.mark.parametrize("stop", [2, NUM_STEPS // 2, NUM_STEPS - 1])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=SLOW), NUM_STEPS // 2, pytest.param(NUM_STEPS - 1, marks=SLOW)])
 def test_lightning_resumes_a_smaller_model_into_a_full_size_module(stop: int, tmp_path: Path) -> None:
     def callback() -> lightning_gradual_shrink.ShrinkingCallback:
         return lightning_gradual_shrink.ShrinkingCallback(SHRINK)
