@@ -58,6 +58,19 @@ def work(model: nn.Module, device: torch.device, args: argparse.Namespace) -> di
     }
 
 
+@torch.no_grad()
+def take_turns(jobs: dict[str, dict[str, Callable[[], object]]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Time all jobs round by round; the first round warms up and does not count."""
+    times: dict[str, dict[str, list[float]]] = {name: {what: [] for what in job} for name, job in jobs.items()}
+    for round_idx in range(rounds + 1):
+        for name, job in jobs.items():
+            for what, run in job.items():
+                taken = seconds(run)
+                if round_idx:
+                    times[name][what].append(taken)
+    return times
+
+
 def main() -> None:
     """Measure all variants side by side."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -83,15 +96,7 @@ def main() -> None:
         "3/4 of the layers": shallow,
         "3/4 of the layers, built so": built(args.layers * 3 // 4, FFN, device, args.seed),
     }
-    jobs = {name: work(model, device, args) for name, model in models.items()}
-    times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in jobs}
-    with torch.no_grad():
-        for round_idx in range(args.rounds + 1):
-            for name, job in jobs.items():
-                for what, run in job.items():
-                    taken = seconds(run)
-                    if round_idx:  # the first round warms up
-                        times[name][what].append(taken)
+    times = take_turns({name: work(model, device, args) for name, model in models.items()}, args.rounds)
     rows: list[dict[str, object]] = []
     for name, taken_by in times.items():
         row: dict[str, object] = {"variant": name}
