@@ -11,7 +11,7 @@ Limits: see `in_place`.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,9 @@ class GradualShrink:
             ValueError: if the schedule does not fit the training, or these units cannot be cut or not so far.
         """
         self.schedule.resolve(total_steps)
-        for group in discover(model).of_kind(self.kind):
+        groups = discover(model).of_kind(self.kind)
+        _counted(groups)
+        for group in groups:
             uniform(group, self.schedule.sparsity, self.multiple_of)
 
     def after_step(
@@ -80,15 +82,11 @@ class GradualShrink:
         if plan is None:
             return False
         config: Any = model.config
-        first = dict(getattr(config, "cut_from", None) or {})
-        for group in structure.of_kind(self.kind):
-            for name in group.fields:
-                first.setdefault(name, _value(config, name))
+        first = _counted(structure.of_kind(self.kind)) | dict(getattr(config, "cut_from", None) or {})
         cut_in_place(model, plan, optimizers, wrapper=wrapper, structure=structure)
         config = model.config
         config.cut_from = first
-        now = {name: _value(config, name) for name in first}
-        distributed.log(logger, logging.INFO, "step %d: cut %s from %s to %s", step, self.kind, first, now)
+        distributed.log(logger, logging.INFO, "step %d: cut %s, %.4g of %s are gone", step, self.kind, sparsity, first)
         return True
 
     @torch.no_grad()
@@ -126,7 +124,8 @@ def fit_to_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kind:
     if all(shapes.get(name, shape) == shape for name, shape in own.items()):
         return
     cuts = []
-    for group in discover(model).of_kind(kind):
+    groups = discover(model).of_kind(kind)
+    for group in groups:
         member = group.members[0]
         per_unit = sum(size for _, size in member.runs)
         lost = own[member.name][member.dim] - shapes[member.name][member.dim]
@@ -134,17 +133,24 @@ def fit_to_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kind:
         step = group.num_units // group.num_parts
         keep = tuple(part * step + unit for part in range(group.num_parts) for unit in range(size))
         cuts.append(Cut(group.key, keep))
-    first = {name: _value(model.config, name) for group in discover(model).of_kind(kind) for name in group.fields}
     cut_in_place(model, Plan(cuts=tuple(cuts)))
     config: Any = model.config
-    config.cut_from = first
+    config.cut_from = _counted(groups)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     odd = [name for name, shape in own.items() if shapes.get(name, shape) != shape]
     if odd:
         raise ValueError(f"the checkpoint has {odd[0]} of shape {shapes[odd[0]]}, which cutting {kind} does not give")
 
 
-def _value(config: Any, name: str) -> int:
-    for part in name.split("."):
-        config = config[part] if isinstance(config, dict) else getattr(config, part)
-    return int(config)
+def _counted(groups: Sequence[Group]) -> dict[str, int]:
+    """Return configuration field -> what it counts; a field may be unset, or hold a number per block.
+
+    Raises:
+        ValueError: if blocks differ, so that one number does not say what the model was cut from.
+    """
+    result: dict[str, int] = {}
+    for group in groups:
+        for name, per_unit in group.fields.items():
+            if result.setdefault(name, group.num_units * per_unit) != group.num_units * per_unit:
+                raise ValueError(f"{name} differs between blocks; gradual shrinking needs blocks of equal width")
+    return result

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_prune.schedules import Linear
 from lightning_prune.structured.gradual import GradualShrink, fit_to_shapes
-from tests.tiny_models import tiny_llama, token_windows
+from tests.tiny_models import tiny_family, tiny_llama, token_windows
 
 
 def test_units_go_at_the_milestones_and_the_weakest_first() -> None:
@@ -72,3 +72,15 @@ def test_a_fresh_model_is_cut_to_the_shapes_of_a_checkpoint() -> None:
 def test_what_cannot_be_cut_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match="channels cannot be cut"):
         GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4), kind="channels").check(tiny_llama(), total_steps=4)
+
+
+def test_a_width_that_is_not_set_is_remembered_all_the_same(tmp_path: object) -> None:
+    model = tiny_family("gpt2")  # n_inner is null and means 4 x 32
+    shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4, interval=1))
+    shrink.check(model, total_steps=4)
+    assert shrink.after_step(model, [], step=2, total_steps=4)
+    assert (model.config.n_inner, model.config.cut_from) == (96, {"n_inner": 128})
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert shrink.after_step(loaded, [], step=4, total_steps=4)
+    assert loaded.config.n_inner == 64
