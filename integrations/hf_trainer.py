@@ -8,10 +8,12 @@ import inspect
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_prune import distributed
 from lightning_prune.integrations.pruning_run import PruningRun
@@ -44,9 +46,13 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.run = PruningRun(recipe)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Set half-written checkpoints aside, so that a resume takes the last whole one."""
+        """Set half-written checkpoints aside, so that a resume takes the last whole one; change what is trained."""
         if args.process_index == 0 and args.output_dir is not None:
             _set_aside_half_written(Path(args.output_dir))
+        if self.run.recovery is not None:
+            trainer, _ = calling_trainer()
+            model = self.run.prepare(trainer.model)
+            trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,6 +68,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             total_steps=state.max_steps,
             tokenizer=kwargs.get("processing_class"),
             log=lambda metrics: _log(trainer, metrics),
+            eval_batches=None if trainer.eval_dataset is None else lambda: _eval_batches(trainer),
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -152,6 +159,14 @@ def calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
     if trainer is None:
         raise RuntimeError("PruningCallback must be called by a transformers.Trainer")
     return trainer, folder if isinstance(folder, str | os.PathLike) else None
+
+
+def _eval_batches(trainer: Trainer) -> Iterator[dict[str, Tensor]]:
+    """Yield the evaluation batches as the model takes them; of several evaluation sets, those of the first."""
+    dataset = trainer.eval_dataset
+    first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    for batch in trainer.get_eval_dataloader(first):
+        yield dict(batch)
 
 
 def _log(trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_prune.integrations.language_model import language_model
 from lightning_prune.integrations.lightning_trainer import total_steps
-from lightning_prune.integrations.pruning_run import language_model
 from lightning_prune.structured.gradual import GradualShrink, fit_to_shapes
 
 try:

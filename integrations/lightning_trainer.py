@@ -1,11 +1,13 @@
 """Prune inside a Lightning `Trainer`: `Trainer(callbacks=[PruningCallback("train/gradual_magnitude")])`."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lightning_prune.integrations.pruning_run import PruningRun, language_model
+from lightning_prune.integrations.language_model import language_model
+from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.recipe import Recipe
 
 try:
@@ -29,6 +31,11 @@ class PruningCallback(Callback):
     def __init__(self, recipe: str | Path | Recipe) -> None:
         self.run = PruningRun(recipe)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Change what is trained, before the optimizers are made."""
+        if stage == "fit" and self.run.recovery is not None:
+            self.run.prepare(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: after sharding and after a restore, on every strategy."""
         self.run.start(
@@ -37,6 +44,7 @@ class PruningCallback(Callback):
             total_steps=total_steps(trainer),
             tokenizer=_tokenizer(trainer, pl_module),
             log=lambda metrics: _log(trainer, metrics),
+            eval_batches=_eval_batches(trainer, pl_module),
         )
 
     def on_train_batch_end(
@@ -101,6 +109,20 @@ def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _eval_batches(trainer: Trainer, module: LightningModule) -> Callable[[], Iterator[Any]] | None:
+    """Return what gives the validation batches anew; of several loaders, those of the first."""
+    loaders = trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
+    if not loader:
+        return None
+
+    def batches() -> Iterator[Any]:
+        for batch in loader:
+            yield module.transfer_batch_to_device(batch, module.device, 0)
+
+    return batches
 
 
 def _log(trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -18,21 +18,16 @@ from lightning_prune.export.folder import check_free
 from lightning_prune.export.huggingface import check_huggingface, export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note
 from lightning_prune.granularity import Channel
+from lightning_prune.integrations.language_model import language_model
+from lightning_prune.integrations.recovery_run import Batches, RecoveryRun
 from lightning_prune.recipe import Export, Recipe
 from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
 from lightning_prune.types import Report
 
-__all__ = ["PruningRun", "language_model"]
+__all__ = ["PruningRun"]
 
 logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, float]], None]
-
-
-def language_model(module: nn.Module) -> nn.Module | None:
-    """Return the outermost Hugging Face model in a module, wrappers looked through, or None."""
-    if hasattr(module, "config") and callable(getattr(module, "save_pretrained", None)):
-        return module
-    return next((found for child in module.children() if (found := language_model(child)) is not None), None)
 
 
 class PruningRun:
@@ -49,6 +44,7 @@ class PruningRun:
     def __init__(self, recipe: "str | Path | Recipe | Mapping[str, Any]") -> None:
         self.recipe = Recipe.load(recipe)
         self.sparsifier = self.recipe.sparsifier()
+        self.recovery = None if self.recipe.recover is None else RecoveryRun(self.recipe, self.sparsifier)
         self.evaluations: list[dict[str, Any]] = []
         self._model: nn.Module | None = None
         self._tokenizer: Any = None
@@ -69,8 +65,26 @@ class PruningRun:
     def _harness() -> Any:
         return importlib.import_module("lightning_prune.integrations.lm_eval_harness")
 
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Change what is trained where the recipe recovers by training less of it, before optimizers are made.
+
+        Returns:
+            what the trainer is to train; the same module where it can stay.
+        """
+        if self.recovery is None or self.recovery.is_prepared:
+            return module
+        self._check_shrink(module)
+        return self.recovery.prepare(module)
+
     def start(
-        self, model: nn.Module, optimizers: Iterable[object], *, total_steps: int, tokenizer: Any, log: Log
+        self,
+        model: nn.Module,
+        optimizers: Iterable[object],
+        *,
+        total_steps: int,
+        tokenizer: Any,
+        log: Log,
+        eval_batches: Batches | None = None,
     ) -> None:
         """Evaluate the dense model if asked to, then hold masks; collective.
 
@@ -80,16 +94,21 @@ class PruningRun:
             total_steps: optimizer steps of the whole training.
             tokenizer: of the language model in it, or None; needed for evaluation.
             log: sends metrics to the trainer's logger.
+            eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
         """
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
         self._notes = []
         self._check_shrink(model)
         self._check_language_model(model)
-        if not self.sparsifier.is_restoring:
+        is_new = not self.sparsifier.is_restoring
+        if self.recovery is not None:
+            self.recovery.start(model, eval_batches)
+        if is_new:
             self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)
         self._log_report()
+        self._measure_pruned()
 
     def prune_once(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, tokenizer: Any) -> Report:
         """Evaluate, prune once, evaluate, report and export, each as far as the recipe asks for it."""
@@ -110,6 +129,22 @@ class PruningRun:
         self.evaluations.clear()
         if self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at:
             self._evaluate("before", self.sparsifier.measure(model))
+        if self.recovery is not None and self.recipe.prune is not None:
+            self.recovery.measure("before", model, self._last_results())
+
+    def _measure_pruned(self) -> None:
+        """Measure what recovery starts from, at the step at which the last masks are set; collective."""
+        if self.recovery is None or "pruned" in self.recovery.moments or not self.sparsifier.is_finished:
+            return
+        assert self._model is not None
+        has_tasks = self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at
+        if has_tasks:
+            self._evaluate("pruned", self.sparsifier.report())
+        self.recovery.measure("pruned", self._model, self._last_results() if has_tasks else {})
+
+    def _last_results(self) -> Mapping[str, Mapping[str, float]]:
+        results: Mapping[str, Mapping[str, float]] = self.evaluations[-1]["results"] if self.evaluations else {}
+        return results
 
     def _check_language_model(self, model: nn.Module) -> None:
         options, found = self.recipe.evaluate, language_model(model)
@@ -121,11 +156,13 @@ class PruningRun:
             )
         export = self.recipe.export
         if export is not None and export.dir is not None and export.format == "huggingface":
-            check_huggingface(model if found is None else found, export.dir)
+            merges = self.recovery is not None and self.recovery.has_lora
+            check_huggingface(model if found is None else found, export.dir, merges=merges)
 
     def _check_shrink(self, model: nn.Module) -> None:
         """Check that the masks of this recipe can end in a smaller model."""
-        if self.recipe.shrink is None or self.sparsifier.is_restoring:
+        is_checked = self.recovery is not None and self.recovery.is_prepared
+        if self.recipe.shrink is None or self.sparsifier.is_restoring or is_checked:
             return
         found, prune = language_model(model), self.recipe.masking()
         if found is None:
@@ -136,6 +173,7 @@ class PruningRun:
     def after_step(self) -> None:
         """Log and evaluate what an optimizer step has made due; collective."""
         self._log_report()
+        self._measure_pruned()
         options = self.recipe.evaluate
         step = self.sparsifier.step
         every = None if options is None else options.every
@@ -183,8 +221,12 @@ class PruningRun:
         self._conclude()
 
     def _conclude(self) -> None:
-        if self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at:
+        has_tasks = self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at
+        if has_tasks:
             self._evaluate("after", self.sparsifier.report())
+        if self.recovery is not None and self._model is not None and self.recovery.is_prepared:
+            self.recovery.measure("recovered", self._model, self._last_results() if has_tasks else {})
+            self.recovery.finish()
         try:
             self._export()
         finally:
@@ -205,6 +247,7 @@ class PruningRun:
                 history=self.sparsifier.history,
                 evaluations=self.evaluations,
                 recipe_text=self.recipe.dump(),
+                recovery=None if self.recovery is None else self.recovery.report().as_dict(),
             )
             logger.info("report: %s", page)
 
@@ -214,10 +257,17 @@ class PruningRun:
             return
         assert model is not None
         found = language_model(model)
-        exported = found if options.format == "huggingface" and found is not None else model
+        has_lora = self.recovery is not None and self.recovery.has_lora
+        is_huggingface = options.format == "huggingface" or has_lora
+        exported = found if is_huggingface and found is not None else model
         state = distributed.whole_state_dict(exported)
         if not distributed.is_first_rank():
             return
+        if options.format == "adapter" and self.recovery is not None:
+            self.recovery.export_adapter(exported, options.dir, tokenizer=self._tokenizer)
+            return
+        if has_lora and self.recovery is not None:
+            exported, state = self.recovery.merged(exported, state)
         if self.recipe.shrink is not None:
             self._export_smaller(exported, state, options.dir)
             return
@@ -225,9 +275,10 @@ class PruningRun:
 
     def _export_whole(self, exported: nn.Module, state: Mapping[str, Tensor], options: Export) -> None:
         assert options.dir is not None
+        has_lora = self.recovery is not None and self.recovery.has_lora
         common: Any = {"state_dict": state, "report": self.report(), "recipe": self.recipe.as_dict()}
         if options.format == "huggingface":
-            export_huggingface(exported, options.dir, tokenizer=self._tokenizer, **common)
+            export_huggingface(exported, options.dir, tokenizer=self._tokenizer, merges=has_lora, **common)
         else:
             export_dense(exported, options.dir, **common)
         logger.info("exported: %s", options.dir)
@@ -254,7 +305,8 @@ class PruningRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain values and tensors; collective."""
-        return {"sparsifier": self.sparsifier.state_dict(), "evaluations": self.evaluations}
+        state = {"sparsifier": self.sparsifier.state_dict(), "evaluations": self.evaluations}
+        return state if self.recovery is None else state | {"recovery": self.recovery.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved state; it is put in force by the next `start`.
@@ -264,3 +316,5 @@ class PruningRun:
         """
         self.sparsifier.load_state_dict(state["sparsifier"])
         self.evaluations = list(state["evaluations"])
+        if self.recovery is not None:
+            self.recovery.load_state_dict(state["recovery"])

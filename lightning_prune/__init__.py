@@ -3,7 +3,7 @@
 from lightning_prune.granularity import NM, Block, Channel, Unstructured
 from lightning_prune.guard import MetricGuard
 from lightning_prune.recipe import Recipe
-from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, Once
+from lightning_prune.schedules import Cosine, Cubic, Existing, Geometric, Linear, Once
 from lightning_prune.sparsifier import Sparsifier
 from lightning_prune.targets import Targets
 from lightning_prune.types import Report
@@ -16,6 +16,7 @@ __all__ = [
     "Channel",
     "Cosine",
     "Cubic",
+    "Existing",
     "Geometric",
     "Linear",
     "MetricGuard",

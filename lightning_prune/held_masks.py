@@ -21,6 +21,7 @@ class HeldMasks:
         self.bindings: list[Binding] = []
         self.optimizers: list[torch.optim.Optimizer] = []
         self._owned: dict[int, list[Binding]] = {}
+        self._name_of: dict[int, str] = {}
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +42,7 @@ class HeldMasks:
             ValueError: if the optimizers step none of the trainable targets, but perhaps copies of them.
         """
         self.bindings, self.optimizers = bindings, list(optimizers)
+        self._name_of = {id(binding.parameter): binding.name for binding in bindings}
         self._owned = {id(optimizer): [] for optimizer in optimizers}
         owner_of = {
             id(parameter): id(optimizer)
@@ -64,6 +66,33 @@ class HeldMasks:
             )
         self._owned[id(clock)] += unowned
         return clock
+
+    def of(self, parameter: Tensor) -> Tensor | None:
+        """Return the mask of a target by its parameter; None for a sharded one and for what is no target."""
+        if distributed.is_sharded(parameter):
+            return None
+        name = self._name_of.get(id(parameter))
+        return None if name is None else self.masks.get(name)
+
+    def take_existing(self, *, allow_none: bool) -> None:
+        """Make the zeros of every target of which a hundredth or more is zero its mask.
+
+        Args:
+            allow_none: whether there may be no such target.
+
+        Raises:
+            ValueError: if there is no such target.
+        """
+        for binding in self.bindings:
+            keep = distributed.local(binding.parameter.detach()) != 0
+            num_zeros = int(distributed.all_reduce_sum((~keep).sum(), binding.parameter))
+            if num_zeros >= 0.01 * binding.parameter.numel():
+                self.masks[binding.name] = keep
+        if not self.masks and not allow_none:
+            raise ValueError(
+                f"schedule Existing holds the zeros that the model has, but none of its {len(self.bindings)} targets "
+                "is sparse; prune it first (lightning-prune oneshot), or give a schedule that prunes"
+            )
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Binding]:
         """Return the targets to mask after a step of this optimizer."""

@@ -1,6 +1,6 @@
 """The statistics of one recipe over all targets: made, fed, read, reset."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,10 @@ from lightning_prune.types import Scorer
 if TYPE_CHECKING:
     from lightning_prune.statistic import Statistic
 
-__all__ = ["Observation"]
+__all__ = ["Observation", "Surrogate"]
+
+# Returns (weight, gradient) in place of a frozen target's own, shaped like it; None where there is none.
+Surrogate = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 
 
 class Observation:
@@ -24,8 +27,8 @@ class Observation:
         ValueError: if a target has no observable input.
     """
 
-    def __init__(self, scorer: Scorer, bindings: Sequence[Binding]) -> None:
-        self.scorer, self.bindings = scorer, bindings
+    def __init__(self, scorer: Scorer, bindings: Sequence[Binding], surrogate: Surrogate | None = None) -> None:
+        self.scorer, self.bindings, self.surrogate = scorer, bindings, surrogate
         self.statistics: dict[str, dict[str, Statistic]] = {binding.name: {} for binding in bindings}
         self._handles: list[RemovableHandle] = []
         for name, options in scorer.needs.items():
@@ -50,13 +53,13 @@ class Observation:
         return any(_kind(name).source == "step" for name in self.scorer.needs)
 
     def check_trainable(self) -> None:
-        """Refuse frozen targets under a scorer that needs gradients.
+        """Refuse frozen targets under a scorer that needs gradients, unless a LoRA is to stand in for them.
 
         Raises:
             ValueError: naming the first.
         """
         frozen = [binding.name for binding in self.bindings if not binding.parameter.requires_grad]
-        if self.has_steps and frozen:
+        if self.has_steps and frozen and self.surrogate is None:
             raise ValueError(
                 f"{type(self.scorer).__name__} needs gradients, but {frozen[0]} is frozen ({len(frozen)} targets in "
                 "all); unfreeze it, exclude it, or use Magnitude or Wanda"
@@ -90,12 +93,24 @@ class Observation:
         if not self.has_steps:
             return
         for binding in bindings:
-            if binding.parameter.grad is None:
-                continue
-            grad = distributed.local(binding.parameter.grad)
-            for statistic in self.statistics[binding.name].values():
-                if statistic.source == "step":
-                    statistic.update(distributed.local(binding.parameter.detach()), grad)
+            if binding.parameter.grad is not None:
+                weight = distributed.local(binding.parameter.detach())
+                self._feed(binding, weight, distributed.local(binding.parameter.grad))
+
+    @torch.no_grad()
+    def feed_surrogates(self) -> None:
+        """Feed what stands in for the gradients of frozen targets, after an optimizer step."""
+        if not self.has_steps or self.surrogate is None:
+            return
+        for binding in self.bindings:
+            found = None if binding.parameter.requires_grad else self.surrogate(binding.parameter)
+            if found is not None:
+                self._feed(binding, *found)
+
+    def _feed(self, binding: Binding, weight: Tensor, grad: Tensor) -> None:
+        for statistic in self.statistics[binding.name].values():
+            if statistic.source == "step":
+                statistic.update(weight, grad)
 
     def read(self, binding: Binding, whole: bool) -> Mapping[str, Tensor]:
         """Return a target's statistics, merged over ranks: vectors of inputs, matrices of weights.

@@ -18,10 +18,22 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from lightning_prune import registry
 from lightning_prune.granularity import Channel
-from lightning_prune.recipe_sections import Evaluate, Export, Prune, ReportOptions, Shrink
+from lightning_prune.recipe_sections import Evaluate, Export, Lora, Prune, Recover, ReportOptions, Shrink
+from lightning_prune.schedules import Existing
 from lightning_prune.sparsifier import Sparsifier
 
-__all__ = ["Evaluate", "Export", "Prune", "Recipe", "ReportOptions", "Shrink", "one_line", "packaged_recipes"]
+__all__ = [
+    "Evaluate",
+    "Export",
+    "Lora",
+    "Prune",
+    "Recipe",
+    "Recover",
+    "ReportOptions",
+    "Shrink",
+    "one_line",
+    "packaged_recipes",
+]
 
 _RAW = ("trainer", "model", "data")
 
@@ -35,7 +47,7 @@ class Recipe:
 
     prune: Prune | None = None
     shrink: Shrink | None = None
-    recover: None = None
+    recover: Recover | None = None
     evaluate: Evaluate | None = None
     export: Export | None = None
     report: ReportOptions = field(default_factory=ReportOptions)
@@ -51,8 +63,10 @@ class Recipe:
             raise ValueError("export.format per_layer is for blocks of different shapes; only shrink.method makes such")
         if self.shrink is not None:
             self._check_shrink(self.shrink)
-        elif self.prune is None:
-            raise ValueError("the section prune is missing; a recipe prunes something, or has shrink.method")
+        elif self.prune is None and self.recover is None:
+            raise ValueError("the section prune is missing; a recipe prunes, has shrink.method, or recovers")
+        if form == "adapter" and (self.recover is None or self.recover.lora is None):
+            raise ValueError("export.format adapter writes LoRA adapters; only recover.lora makes such")
 
     def _check_shrink(self, shrink: Shrink) -> None:
         if self.export is not None and self.export.format == "dense":
@@ -60,7 +74,7 @@ class Recipe:
         if shrink.zeros and (self.prune is None or not isinstance(self.prune.granularity, Channel)):
             raise ValueError("shrink.zeros cuts units that prune masks with granularity Channel; set prune.granularity")
         if shrink.method is not None:
-            for name in ("prune", "evaluate"):
+            for name in ("prune", "recover", "evaluate"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"shrink.method makes a smaller model and nothing else; set {name}: null, and use a second "
@@ -97,7 +111,7 @@ class Recipe:
             where = f"{where} with {' '.join(overrides)}"
         try:
             recipe = cls(name=name, **_parse(content))
-            if recipe.prune is not None:
+            if recipe.prune is not None or recipe.recover is not None:
                 recipe.sparsifier()
         except (ValueError, TypeError, ArgumentError) as error:
             raise ValueError(f"{where}: {one_line(error)}") from error
@@ -119,11 +133,13 @@ class Recipe:
         return plain
 
     def masking(self) -> Prune:
-        """Return the section `prune`.
+        """Return the section `prune`; for a recipe that only recovers, one that holds the zeros there are.
 
         Raises:
             ValueError: if the recipe has none, because it shrinks a model at once.
         """
+        if self.prune is None and self.recover is not None:
+            return Prune(schedule=Existing(allow_dense=True))
         if self.prune is None:
             raise ValueError(
                 f"recipe {self.name} has no section prune and makes a model smaller at once; run it with "
@@ -188,8 +204,6 @@ def _own_sections() -> list[str]:
 
 def _parse(content: dict[str, Any]) -> dict[str, Any]:
     """Check a recipe's content and return the arguments of `Recipe`."""
-    if content.get("recover") is not None:
-        raise ValueError("recover is not available in this version; set recover: null")
     _check_keys(Recipe, content, "")
     parser = ArgumentParser(exit_on_error=False)
     hints = get_type_hints(Recipe)

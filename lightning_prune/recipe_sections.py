@@ -1,17 +1,18 @@
 """The sections of a recipe: one frozen set of options each, checked as far as a section can be on its own."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.granularity import Unstructured
 from lightning_prune.guard import MetricGuard
+from lightning_prune.recovery.retrain import Part
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.structured.method import StructuredMethod
 from lightning_prune.targets import Targets
 from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
 
-__all__ = ["Evaluate", "Export", "Prune", "ReportOptions", "Shrink"]
+__all__ = ["Evaluate", "Export", "Lora", "Prune", "Recover", "ReportOptions", "Shrink"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,53 @@ class Shrink:
         if (self.method is None) != self.zeros:
             given = "both" if self.zeros else "none of them"
             raise ValueError(f"shrink takes either a method, or zeros: true for units masked in training; got {given}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters of PEFT over the pruned weights.
+
+    Args:
+        form: `masked` adds inside the masks and `scaled` multiplies, so that merging keeps every zero (MaskLoRA and
+            ScaleLoRA of arXiv 2312.15230); `plain` is PEFT's own, for models without zeros or without a merge.
+        config: fields of PEFT's LoraConfig; what is left out takes this library's default. Where a training program
+            makes a LoRA by itself, its own options hold and this must be empty.
+    """
+
+    form: Literal["masked", "scaled", "plain"] = "masked"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """How quality is won back, while masks are held.
+
+    Args:
+        lora: train adapters in place of the weights.
+        retrain: train these parts of the model alone, or with the adapters.
+        distill: train towards the outputs of a teacher.
+        reconstruct: refit the weights to calibration data, without training.
+        learning_rate: one schedule across pruning and recovery, in place of the trainer's.
+        requires: `pruned` refuses a model that is neither sparse nor cut, unless the recipe itself prunes it.
+    """
+
+    lora: Lora | None = None
+    retrain: tuple[Part, ...] = ()
+    requires: Literal["pruned", "any"] = "pruned"
+
+    def __post_init__(self) -> None:
+        if self.lora is None and not self.retrain:
+            raise ValueError(
+                "recover names no way to recover, so it would do nothing; give lora, retrain, distill, reconstruct or "
+                "learning_rate, or set recover: null"
+            )
+        if len(set(self.retrain)) != len(self.retrain):
+            raise ValueError(f"recover.retrain names a part twice: {', '.join(self.retrain)}")
+        if "all" in self.retrain and (len(self.retrain) > 1 or self.lora is not None):
+            raise ValueError(
+                "recover.retrain: [all] trains every weight; leave out the other parts and lora, or name some of "
+                f"{', '.join(get_args(Part)[:-1])}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +116,10 @@ class Export:
     """The form the pruned model is written in, and the folder; without a folder the program that runs decides.
 
     `per_layer` is a Hugging Face folder whose blocks may differ in shape; only `shrink.method` makes such models.
+    `adapter` is a folder of PEFT with the adapters of `recover.lora` alone; the other forms merge them.
     """
 
-    format: Literal["dense", "huggingface", "per_layer"] = "dense"
+    format: Literal["dense", "huggingface", "per_layer", "adapter"] = "dense"
     dir: str | None = None
 
 

@@ -7,10 +7,11 @@ Between `start` and `end` masks change every `interval`, and always at both ends
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_prune.types import Schedule
 
-__all__ = ["Cosine", "Cubic", "Geometric", "Linear", "Once", "Ramp", "moment_to_step"]
+__all__ = ["Cosine", "Cubic", "Existing", "Geometric", "Linear", "Once", "Ramp", "moment_to_step"]
 
 
 def moment_to_step(moment: int | float, total_steps: int) -> int:
@@ -67,6 +68,34 @@ class Once(Schedule):
     def is_due(self, step: int, total_steps: int) -> bool:
         """Return whether masks change after `step` optimizer steps."""
         return step == moment_to_step(self.at, total_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Existing(Schedule):
+    """Take the zeros that the targets have when training starts as their masks, and hold them.
+
+    A target of which less than a hundredth is zero has no mask: its zeros are chance. The sparsity is the model's own.
+
+    Args:
+        allow_dense: whether a model without such zeros is left as it is; else it is an error.
+
+    Source: ours.
+    """
+
+    sparsity: ClassVar[float] = 0.0
+    allow_dense: bool = False
+
+    def resolve(self, total_steps: int) -> tuple[int, int, int]:
+        """Return (start, end, interval) in optimizer steps."""
+        return 0, 0, 1
+
+    def sparsity_at(self, step: int, total_steps: int) -> float:
+        """Return 0: no sparsity is asked for."""
+        return 0.0
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Return False: masks do not change."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

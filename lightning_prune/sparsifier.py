@@ -16,13 +16,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed, hooks, saved_state
 from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.closing_notes import closing_notes
 from lightning_prune.decision import Decision, check_combination
 from lightning_prune.granularity import Unstructured
 from lightning_prune.guard import GuardMemory, MetricGuard
 from lightning_prune.held_masks import HeldMasks
-from lightning_prune.observation import Observation
+from lightning_prune.observation import Observation, Surrogate
 from lightning_prune.oneshot import OneShot
 from lightning_prune.report import measure
+from lightning_prune.schedules import Existing
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.targets import Binding, Targets
 from lightning_prune.types import Allocation, Granularity, Report, Schedule, Scorer
@@ -66,6 +68,7 @@ class Sparsifier:
         self.step = self.num_updates = 0
         self.history: list[dict[str, float]] = []
         self.notes: list[str] = []
+        self.surrogate: Surrogate | None = None  # what stands in for the gradients of frozen targets: a LoRA's
         self._held = HeldMasks()
         self._sparsity = 0.0
         self._is_once = False
@@ -93,6 +96,10 @@ class Sparsifier:
     def masks(self) -> Mapping[str, Tensor]:
         """Return the masks in force by target name, bool, True = keep; this process's rows of a sharded weight."""
         return self._held.masks
+
+    def mask_of(self, parameter: Tensor) -> Tensor | None:
+        """Return the mask of a parameter; None for a sharded one and for what is no target."""
+        return self._held.of(parameter)
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the masks, as plain values; two runs with the same settings are the same run."""
@@ -127,7 +134,7 @@ class Sparsifier:
         inner = [hooks.unwrap_optimizer(optimizer) for optimizer in optimizers]
         if not inner:
             raise ValueError("attach needs the optimizers that step the model, got none")
-        observation = Observation(self.scorer, bindings)
+        observation = Observation(self.scorer, bindings, self.surrogate)
         observation.check_trainable()
         self._clock = self._held.own(bindings, inner)
         self._model, self._observation = model, observation
@@ -153,7 +160,7 @@ class Sparsifier:
         if not self.scorer.dense_grad:
             self._handles += self._held.mask_gradients()
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in self._held.optimizers]
-        if not self._is_finished():
+        if not self.is_finished:
             self._handles += observation.start(model)
         if self.guard is not None and self.guard.action == "rollback" and self._memory.good is None:
             self._memory.remember(self._held.parameters, self.masks, self._sparsity)
@@ -167,6 +174,8 @@ class Sparsifier:
             if self._is_once:
                 raise ValueError("the masks of prune_once do not fit this model; attach the model that was pruned")
             self._held.masks.clear()
+        if isinstance(self.schedule, Existing) and not self.masks:
+            self._held.take_existing(allow_none=self.schedule.allow_dense)
         self._sparsity = self._sparsity if self.masks else 0.0
         self.step, self._memory = 0, GuardMemory()
         self.history, self.notes = [], []
@@ -176,15 +185,18 @@ class Sparsifier:
             return
         own = self._held.owned_by(optimizer)
         self._held.apply(own)
-        if self._observation is not None and not self._is_finished():
+        if self._observation is not None and not self.is_finished:
             self._observation.feed_step(own)
+            if optimizer is self._clock:
+                self._observation.feed_surrogates()
         if optimizer is self._clock:
             self.step += 1
             self._update_if_due()
 
-    def _is_finished(self) -> bool:
+    @property
+    def is_finished(self) -> bool:
         """Return whether masks cannot change any more."""
-        return self._is_once or (self.step >= self._plan[1] and self.guard is None)
+        return self._is_once or isinstance(self.schedule, Existing) or (self.step >= self._plan[1] and not self.guard)
 
     def _update_if_due(self) -> None:
         """Change the masks if the schedule says so."""
@@ -202,7 +214,7 @@ class Sparsifier:
         self._memory.is_late, self._sparsity = False, sparsity
         self._observation.restart_inputs()
         self._finish_update()
-        if self._is_finished():
+        if self.is_finished:
             self._observation.stop()
 
     def _decision(self, bindings: Sequence[Binding], observation: Observation) -> Decision:
@@ -237,10 +249,7 @@ class Sparsifier:
             self._report = dataclasses.replace(self._report, notes=tuple(self.notes))
 
     def observe(self, metrics: Mapping[str, object]) -> None:
-        """Take in logged metrics: for the history, and for the guard, which may hold or roll back.
-
-        Collective when a guard is set: every rank calls it with the same names.
-        """
+        """Take in logged metrics: for the history, and for the guard; collective when one is set."""
         numbers = saved_state.only_numbers(metrics)
         self._record(numbers)
         if self.guard is None or self.guard.metric not in numbers or not self.is_attached:
@@ -312,18 +321,11 @@ class Sparsifier:
             return
         if not has_failed:
             self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
-        if self._sparsity < self.schedule.sparsity - 1e-9:
-            self._note(
-                f"training ended at step {self.step} of a schedule that ends at step {self._plan[1]}: sparsity is "
-                f"{self._sparsity:.4g}, not the promised {self.schedule.sparsity:.4g}"
-            )
-        if not has_failed and sum(target.num_zeros for target in self.report().targets) < self._held.num_pruned():
-            self._note(
-                "the weights were replaced after the last step (by the best checkpoint?): sparsity is "
-                f"{self.report().sparsity:.4g}, while the masks hold {self._sparsity:.4g}"
-            )
-        if self.guard is not None and not self._memory.has_seen:
-            self._note(f"the guarded metric {self.guard.metric!r} was never logged, so the guard had no effect")
+        num_pruned = 0 if has_failed else self._held.num_pruned()
+        unseen = None if self.guard is None or self._memory.has_seen else self.guard.metric
+        plan = (self.step, self._plan[1], self._sparsity, self.schedule.sparsity)
+        for note in closing_notes(self.report(), *plan, num_pruned=num_pruned, unseen_metric=unseen):
+            self._note(note)
         self._unhook()
 
     def _unhook(self) -> None:
@@ -335,10 +337,7 @@ class Sparsifier:
         self._model, self._observation, self._clock, self._held.optimizers = None, None, None, []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a resume needs as plain dicts, tensors, numbers and strings; collective.
-
-        Masks are packed to one bit per weight, whole and without sharding; `torch.load(weights_only=True)` reads it.
-        """
+        """Return what a resume needs as plain values and tensors, masks whole and packed to bits; collective."""
         if self._model is None and self._pending is not None:
             return dict(self._pending)
         bindings = self._held.bindings

@@ -201,10 +201,15 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
+    def num_target_zeros(self) -> int:
+        """Zeros of the targets."""
+        return sum(target.num_zeros for target in self.targets)
+
+    @property
     def sparsity(self) -> float:
         """Zeros over weights of the targets, in [0, 1]."""
         total = sum(target.num_weights for target in self.targets)
-        return sum(target.num_zeros for target in self.targets) / total if total else 0.0
+        return self.num_target_zeros / total if total else 0.0
 
     @property
     def model_sparsity(self) -> float:

@@ -13,8 +13,13 @@ from lightning_prune.types import Report
 __all__ = ["check_huggingface", "export_huggingface"]
 
 
-def check_huggingface(model: nn.Module, out_dir: str | PathLike[str]) -> None:
+def check_huggingface(model: nn.Module, out_dir: str | PathLike[str], *, merges: bool = False) -> None:
     """Check, before any work is done, that `export_huggingface` can write this model there.
+
+    Args:
+        model: a model with `save_pretrained`.
+        out_dir: a folder that does not exist yet or is empty.
+        merges: whether the tensors to write have its adapters merged into them.
 
     Raises:
         ValueError: if the folder is not empty, or the model cannot be written in this form.
@@ -24,10 +29,10 @@ def check_huggingface(model: nn.Module, out_dir: str | PathLike[str]) -> None:
         raise ValueError(
             f"export format huggingface needs save_pretrained, which {type(model).__name__} lacks; use format dense"
         )
-    if getattr(model, "peft_config", None):
+    if getattr(model, "peft_config", None) and not merges:
         raise ValueError(
             "export format huggingface would write the adapters and not the pruned weights below them; "
-            "use format dense, or remove the adapters first"
+            "use format dense, a recipe with recover.lora, or remove the adapters first"
         )
 
 
@@ -40,6 +45,7 @@ def export_huggingface(
     report: Report | None = None,
     recipe: Mapping[str, object] | None = None,
     plan_note: Mapping[str, object] | None = None,
+    merges: bool = False,
 ) -> Path:
     """Write model, tokenizer, `sparsity.json` and `lightning_prune.json` into a new folder.
 
@@ -51,6 +57,7 @@ def export_huggingface(
         report: what was pruned, for `sparsity.json`.
         recipe: the recipe as plain values, for `sparsity.json`.
         plan_note: what was cut, for `lightning_prune.json`; None if nothing was.
+        merges: whether `state_dict` has the adapters of the model merged into it.
 
     Returns:
         The folder.
@@ -58,7 +65,7 @@ def export_huggingface(
     Raises:
         ValueError: if the folder is not empty, or the model cannot be written in this form.
     """
-    check_huggingface(model, out_dir)
+    check_huggingface(model, out_dir, merges=merges)
     save: Any = model.save_pretrained
     with new_folder(out_dir) as folder:
         save(folder) if state_dict is None else save(folder, state_dict=dict(state_dict))

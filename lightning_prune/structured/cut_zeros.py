@@ -36,7 +36,7 @@ def cut_zeros(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[nn.Module,
         ValueError: if the class cannot be rebuilt, or nothing is zero that could be cut.
         RuntimeError: if the smaller model computes something else than the masked one.
     """
-    if getattr(model, "peft_config", None):
+    if any(".base_layer." in name for name in state):
         raise ValueError("shrink cuts the model below its adapters; merge them first (merge_and_unload), or remove")
     config: Any = copy.deepcopy(model.config)
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,164 @@
+"""Merge LoRA adapters into a pruned model so that every zero stays a zero, in the model or on the way to a file.
+
+Shapes: O output features, I input features.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lightning_prune import distributed, masks
+from lightning_prune.export.folder import check_free, new_folder
+from lightning_prune.integrations.peft_layers import GuardedLoraLinear, MaskedLoraLinear, keep_of
+from lightning_prune.integrations.peft_lora import MASKS_NAME, lora_layers
+from lightning_prune.recovery.low_rank import effective_weight
+
+__all__ = ["check_merge", "export_adapter", "merge", "merged_state"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_merge(wrapped: PeftModel) -> None:
+    """Check that merging will keep every zero, before any training time is spent.
+
+    Raises:
+        ValueError: if a plain LoRA lies over a sparse weight.
+    """
+    for name, layer in lora_layers(wrapped):
+        weight = layer.get_base_layer().weight
+        if isinstance(layer, GuardedLoraLinear) and _num_zeros(keep_of(weight, layer.mask_of)) > 0.01 * weight.numel():
+            raise ValueError(
+                f"merging would fill the zeros of {name}, because a plain LoRA is dense; set recover.lora.form to "
+                "masked or scaled, or export.format to adapter"
+            )
+
+
+def merge(wrapped: PeftModel) -> nn.Module:
+    """Merge the active adapter into the weights, check the zeros, and say the density before and after.
+
+    Args:
+        wrapped: changed in place; the adapter is gone afterwards.
+
+    Returns:
+        the model without PEFT.
+
+    Raises:
+        ValueError: if merging would fill zeros.
+        RuntimeError: if a zero was filled, which is a mistake of this library.
+    """
+    check_merge(wrapped)
+    kept = {
+        name.removeprefix("base_model.model."): keep_of(layer.get_base_layer().weight, layer.mask_of).clone()
+        for name, layer in lora_layers(wrapped)
+        if isinstance(layer, GuardedLoraLinear | MaskedLoraLinear)
+    }
+    before = sum(int(keep.sum()) for keep in kept.values())
+    model: nn.Module = wrapped.merge_and_unload(safe_merge=True)
+    after = 0
+    for name, keep in kept.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        after += int(torch.count_nonzero(weight))
+        if bool(weight[~keep].any()):
+            raise RuntimeError(f"merging filled zeros of {name}; please report it with the model and the recipe")
+    total = sum(keep.numel() for keep in kept.values())
+    distributed.log(
+        logger, logging.INFO, "merged: density %.4f before, %.4f after", before / max(1, total), after / max(1, total)
+    )
+    return model
+
+
+@torch.no_grad()
+def merged_state(wrapped: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the model without PEFT, adapters merged; the model itself stays as it is.
+
+    Args:
+        wrapped: the model in training.
+        state: its whole state, for example of `distributed.whole_state_dict`.
+
+    Returns:
+        tensors by the names that the model has without PEFT.
+
+    Raises:
+        ValueError: if merging would fill zeros.
+    """
+    adapter = wrapped.active_adapter
+    layers = dict(lora_layers(wrapped))
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        owner, _, leaf = key.rpartition(".")
+        inner = owner.removesuffix(".base_layer")
+        if ".lora_" in key or ".original_module." in key:
+            continue
+        name = key.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
+        if ".modules_to_save." in name:
+            continue
+        if inner in layers and leaf == "weight":
+            tensor = _merged_weight(inner, layers[inner], tensor, state, adapter)
+        result[name.removeprefix("base_model.model.")] = tensor
+    return result
+
+
+def _merged_weight(name: str, layer: LoraLayer, weight: Tensor, state: Mapping[str, Tensor], adapter: str) -> Tensor:
+    if adapter not in layer.lora_A:
+        return weight
+    down_RI, up_OR = (state[f"{name}.lora_{side}.{adapter}.weight"].to(weight.device) for side in "AB")
+    is_transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    if not isinstance(layer, MaskedLoraLinear | GuardedLoraLinear):
+        return weight + layer.get_delta_weight(adapter).to(weight.device)
+    held = layer.mask_of(layer.get_base_layer().weight)
+    keep = weight != 0 if held is None else held.to(weight.device)
+    if isinstance(layer, GuardedLoraLinear):
+        if _num_zeros(keep) > 0.01 * keep.numel():
+            raise ValueError(f"merging a plain LoRA would fill {_num_zeros(keep)} zeros of {name}")
+        keep = torch.ones_like(keep)
+    is_masked = isinstance(layer, MaskedLoraLinear)
+    merged_OI = effective_weight(
+        weight.T if is_transposed else weight,
+        keep.T if is_transposed else keep,
+        down_RI,
+        up_OR,
+        form=layer.form if is_masked else "masked",
+        scale=layer.scaling[adapter],
+    )
+    return (merged_OI.T if is_transposed else merged_OI).to(weight.dtype).contiguous()
+
+
+def _num_zeros(keep: Tensor) -> int:
+    return keep.numel() - int(keep.sum())
+
+
+def export_adapter(wrapped: PeftModel, out_dir: str, *, tokenizer: Any = None) -> Path:
+    """Write the adapter alone into a new folder, and beside it the masks it was trained with, one bit per weight.
+
+    Args:
+        wrapped: the trained model.
+        out_dir: a folder that does not exist yet or is empty.
+        tokenizer: anything with `save_pretrained`, or None.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: if the folder is not empty.
+    """
+    check_free(out_dir)
+    held = {
+        f"{name.removeprefix('base_model.model.')}.weight": keep_of(layer.get_base_layer().weight, layer.mask_of)
+        for name, layer in lora_layers(wrapped)
+        if isinstance(layer, MaskedLoraLinear)
+    }
+    with new_folder(out_dir) as folder:
+        wrapped.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if held:
+            packed = {name: {"bits": masks.pack(keep).cpu(), "shape": list(keep.shape)} for name, keep in held.items()}
+            torch.save(packed, folder / MASKS_NAME)
+    return Path(out_dir).expanduser()

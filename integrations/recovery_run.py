@@ -1,0 +1,273 @@
+"""What a recipe's section `recover` does around a training, in any trainer.
+
+`prepare` changes the model before its optimizers are made; `start` and `finish` stand at both ends of the training.
+The adapters call it at their trainer's moments; it knows no trainer.
+"""
+
+import importlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune import distributed
+from lightning_prune.export.folder import PLAN_NAME
+from lightning_prune.integrations.language_model import language_model, replace_module
+from lightning_prune.recipe import Recipe, Recover
+from lightning_prune.recovery.gap import Effort, HeldOutLoss, Measurement, RecoveryReport
+from lightning_prune.recovery.held_out import measure_loss
+from lightning_prune.recovery.retrain import Trainable, choose_trainable, count_trainable, parameters_of_part
+from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.targets import Targets
+
+__all__ = ["RecoveryRun"]
+
+logger = logging.getLogger(__name__)
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+
+_HELD_OUT_BATCHES = 32  # of the trainer's evaluation data, for the loss at the three moments
+
+
+class RecoveryRun:
+    """The section `recover` of one recipe at work in one training.
+
+    Args:
+        recipe: with a section `recover`.
+        sparsifier: holds the masks.
+
+    Raises:
+        ValueError: if the section cannot be used.
+        ImportError: if an extra that it asks for is missing.
+    """
+
+    def __init__(self, recipe: Recipe, sparsifier: Sparsifier) -> None:
+        assert recipe.recover is not None
+        self.options: Recover = recipe.recover
+        self.recipe, self.sparsifier = recipe, sparsifier
+        self.moments: dict[str, Measurement] = {}
+        self.trainable = Trainable(0, 0)
+        self._prepared: nn.Module | None = None
+        self._eval_batches: Batches | None = None
+        self._handles: list[RemovableHandle] = []
+        self._num_tokens: Tensor | int = 0
+        self._seconds, self._since = 0.0, 0.0
+        if self.options.lora is not None:
+            _peft().check_config(self.options.lora.form, self.options.lora.config)
+            if self.options.lora.form == "plain" and recipe.prune is not None and self._merges:
+                raise ValueError(
+                    "recover.lora.form plain is dense, so merging it would fill the zeros that this recipe prunes; use "
+                    "form masked or scaled, or export.format adapter"
+                )
+
+    @property
+    def _merges(self) -> bool:
+        export = self.recipe.export
+        return export is not None and export.dir is not None and export.format != "adapter"
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Change what is trained, before optimizers are made.
+
+        Args:
+            module: what the trainer trains: a Hugging Face model, or a module that holds one.
+
+        Returns:
+            what the trainer is to train in its place; the same object where it can stay.
+
+        Raises:
+            ValueError: if the model cannot be recovered so.
+        """
+        found = language_model(module)
+        if found is None:
+            raise ValueError("the recipe recovers a Hugging Face model, and none was found in this training")
+        if self.recipe.prune is None and self.options.requires == "pruned":
+            _check_pruned(found)
+        before = sum(parameter.numel() for parameter in found.parameters())
+        if self.options.lora is not None:
+            module = replace_module(module, found, self._with_lora(found))
+        elif self.options.retrain:
+            choose_trainable(found, self.options.retrain)
+        trained = count_trainable(module)
+        self.trainable = Trainable(trained.num_trainable, before)
+        distributed.log(logger, logging.INFO, "recovery: %s", self.trainable)
+        self._prepared = module
+        return module
+
+    @property
+    def is_prepared(self) -> bool:
+        """Return whether `prepare` was called."""
+        return self._prepared is not None
+
+    @property
+    def has_lora(self) -> bool:
+        """Return whether adapters are trained."""
+        return self.options.lora is not None
+
+    def export_adapter(self, wrapped: nn.Module, folder: str, *, tokenizer: Any) -> None:
+        """Write the adapter and its masks into a new folder."""
+        logger.info("exported: %s", _merging().export_adapter(wrapped, folder, tokenizer=tokenizer))
+
+    def merged(self, wrapped: nn.Module, state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Return the model below the adapters, and its tensors with the adapters merged."""
+        base: nn.Module = wrapped.get_base_model()  # type: ignore[operator]
+        return base, _merging().merged_state(wrapped, state)
+
+    def _with_lora(self, model: nn.Module) -> nn.Module:
+        options, adapters = self.options.lora, _peft()
+        assert options is not None
+        mask_of = self.sparsifier.mask_of
+
+        def held(parameter: Tensor) -> Tensor | None:  # a plain function: copies of the model share it
+            return mask_of(parameter)
+
+        if isinstance(model, adapters.PeftModel):
+            if options.config or self.options.retrain:
+                given = "recover.lora.config" if options.config else "recover.retrain"
+                raise ValueError(
+                    f"this program makes a LoRA by itself, so {given} would contradict it; leave it out and use the "
+                    "program's own options (bias, modules_to_save)"
+                )
+            adapters.take_over_lora(model, form=options.form, masks=held)
+            wrapped = model
+        else:
+            config, saved = self._with_parts(model, options.config)
+            wrapped = adapters.add_lora(model, form=options.form, config=config, masks=held, modules_to_save=saved)
+        self.sparsifier.surrogate = adapters.surrogate_of(wrapped)
+        if self._merges:
+            _merging().check_merge(wrapped)
+        return wrapped
+
+    def _with_parts(self, model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the LoRA's configuration and the modules trained whole, for the parts that `retrain` names."""
+        result, saved = dict(config), []
+        for part in self.options.retrain:
+            names = parameters_of_part(model, part)
+            if part == "biases":
+                result.setdefault("bias", "all")
+                continue
+            is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
+            if part in ("head", "embeddings") and is_tied:
+                raise ValueError(
+                    f"recover.retrain: {part} beside a LoRA would train a copy of a weight that head and embeddings "
+                    "share, and untie them; leave it out, or retrain without lora"
+                )
+            saved += [name.rpartition(".")[0] for name in names]
+        return result, list(dict.fromkeys(saved))
+
+    def start(self, module: nn.Module, eval_batches: Batches | None) -> None:
+        """Count tokens and time from here on.
+
+        Args:
+            module: what is trained, as the trainer has wrapped or sharded it.
+            eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
+
+        Raises:
+            ValueError: if `prepare` was not called before.
+        """
+        if self._prepared is None:
+            raise ValueError(
+                "recovery changes what is trained, which must happen before the trainer makes its optimizer: give the "
+                "callback to the Trainer's constructor, and build the model before training starts"
+            )
+        self._eval_batches = eval_batches
+        found = language_model(module)
+        assert found is not None
+        self._handles.append(found.register_forward_pre_hook(self._count, with_kwargs=True))
+        self._since = time.monotonic()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if not module.training or not isinstance(ids, Tensor):
+            return
+        has_mask = isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape
+        self._num_tokens = self._num_tokens + (attention_mask.sum() if has_mask else ids.numel())  # type: ignore[union-attr]
+
+    def measure(self, moment: str, model: nn.Module, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Measure the held-out loss and keep it with the results of lm-eval; collective.
+
+        Args:
+            moment: `before`, `pruned` or `recovered`.
+            model: what is trained.
+            results: task -> metric -> value; empty if nothing was evaluated.
+        """
+        began = time.monotonic()
+        loss = None
+        if self._eval_batches is not None:
+            batches = list(itertools.islice(self._eval_batches(), _HELD_OUT_BATCHES))
+            if batches and all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches):
+                nats, num_tokens = measure_loss(_inner(model), batches)
+                loss = HeldOutLoss(nats=nats, num_tokens=num_tokens, data="the trainer's evaluation data")
+        self.moments[moment] = Measurement(loss=loss, results=dict(results))
+        self._since += time.monotonic() - began
+
+    def finish(self) -> RecoveryReport:
+        """Stop counting and return the report."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seconds += time.monotonic() - self._since
+        self._since = time.monotonic()
+        report = self.report()
+        distributed.log(logger, logging.INFO, "recovery: %s", report.sentence())
+        return report
+
+    def report(self) -> RecoveryReport:
+        """Return what was measured so far."""
+        effort = Effort(
+            num_trained=self.trainable.num_trainable,
+            num_parameters=self.trainable.num_parameters,
+            num_tokens=int(self._num_tokens),
+            seconds=self._seconds,
+        )
+        return RecoveryReport(**self.moments, effort=effort)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs, as plain values."""
+        running = time.monotonic() - self._since if self._handles else 0.0
+        moments = {moment: measurement.as_dict() for moment, measurement in self.moments.items()}
+        return {"moments": moments, "num_tokens": int(self._num_tokens), "seconds": self._seconds + running}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from a saved state."""
+        self._num_tokens, self._seconds = int(state["num_tokens"]), float(state["seconds"])
+        self.moments = {moment: Measurement.from_dict(saved) for moment, saved in state["moments"].items()}
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    found = language_model(model)
+    assert found is not None
+    return found
+
+
+def _check_pruned(model: nn.Module) -> None:
+    """Refuse a model that is neither sparse nor cut.
+
+    Raises:
+        ValueError: if it has no zeros and no note of a cut.
+    """
+    with torch.no_grad():
+        for binding in Targets().resolve(model):
+            weight = distributed.local(binding.parameter.detach())
+            if weight.numel() and float((weight == 0).float().mean()) > 0.01:
+                return
+    folder = getattr(model, "name_or_path", "")
+    if folder and (Path(folder) / PLAN_NAME).is_file():
+        return
+    raise ValueError(
+        f"recovery needs a pruned model, but no target of this {type(model).__name__} is sparse and "
+        f"{folder or 'its folder'} holds no {PLAN_NAME}; prune it first (lightning-prune oneshot), add a section "
+        "prune, or set recover.requires: any"
+    )
+
+
+def _peft() -> Any:
+    return importlib.import_module("lightning_prune.integrations.peft_lora")
+
+
+def _merging() -> Any:
+    return importlib.import_module("lightning_prune.integrations.peft_merge")

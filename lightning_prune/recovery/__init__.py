@@ -1,0 +1,1 @@
+"""After pruning: low-rank updates that keep zeros, partial retraining, distillation, reconstruction."""
