@@ -71,10 +71,15 @@ def run_oneshot(
     recipe = Recipe.load(config, overrides=overrides)
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
-    if data is not None and not recipe.masking().scorer.needs:
+    refit = None
+    if run.recovery is not None:
+        run.recovery.check_once()
+        refit = run.recovery.options.reconstruct
+    needs_text = refit is not None or bool(recipe.masking().scorer.needs)
+    if data is not None and not needs_text:
         name = type(recipe.masking().scorer).__name__
         raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
-    needs_text = bool(recipe.masking().scorer.needs)
+    parent = _parent(recipe, device=device, trust_remote_code=trust_remote_code)
     texts = [document.text for document in read_documents(data)] if needs_text else []
     network, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     batches: list[dict[str, Tensor]] = []
@@ -82,9 +87,34 @@ def run_oneshot(
         length = sequence_length or longest_sequence(network)
         windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
         batches = calibration_batches(windows_NT, batch_size=batch_size, device=network.device)
-    report = run.prune_once(network, batches, tokenizer=tokenizer)
+    report = run.prune_once(network, batches, tokenizer=tokenizer, parent=parent)
     logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
     return report
+
+
+def _parent(recipe: Recipe, *, device: str, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Open the dense model that a pruned one is refitted to.
+
+    Raises:
+        ValueError: if it is missing, or has no effect.
+    """
+    refit = None if recipe.recover is None else recipe.recover.reconstruct
+    if refit is None:
+        return None
+    if (refit.parent is None) == (recipe.prune is None):
+        if refit.parent is None:
+            raise ValueError(
+                "recover.reconstruct refits a model that comes pruned to the dense one; set "
+                "recover.reconstruct.parent to its folder, or add a section prune and give the dense model"
+            )
+        raise ValueError(
+            "recover.reconstruct.parent has no effect where the recipe prunes the dense model itself; leave it out"
+        )
+    return (
+        None
+        if refit.parent is None
+        else load_model(refit.parent, device=device, trust_remote_code=trust_remote_code)[0]
+    )
 
 
 def load_model(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:

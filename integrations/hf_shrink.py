@@ -144,7 +144,9 @@ def replay_plan(
             plan.method.get("name"),
         )
     job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), needs_batches=False)
-    return job.write(plan, is_per_layer=bool(plan.skip) or note.get("form", "stock") != "stock", repaired=False)
+    return job.write(
+        plan, is_per_layer=bool(plan.skip or plan.share) or note.get("form", "stock") != "stock", repaired=False
+    )
 
 
 def inspect_model(
@@ -230,7 +232,9 @@ class _Job:
         self, plan: Plan, repaired: bool, recipe: dict[str, Any] | None
     ) -> dict[str, dict[str, float | None]]:
         """Write blocks of different shapes; the numbers are those of the folder as it loads."""
-        folder = export_per_layer(self.model, plan, self.out, structure=self.structure, tokenizer=self.tokenizer)
+        folder = export_per_layer(
+            self.model, plan, self.out, structure=self.structure, tokenizer=self.tokenizer, batches=self.batches
+        )
         small: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         metrics = self._metrics(small.to(self.model.device))
         written = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune import distributed
+from lightning_prune.integrations.continued_rate import check_place, take_over_transformers
 from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.recipe import Recipe
 from lightning_prune.saved_state import load_file
@@ -53,6 +54,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             trainer, _ = calling_trainer()
             model = self.run.prepare(trainer.model)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
+            if self.run.recovery.options.learning_rate is not None:
+                take_over_transformers(trainer, self.run.recovery.options.learning_rate)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,7 +72,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             tokenizer=kwargs.get("processing_class"),
             log=lambda metrics: _log(trainer, metrics),
             eval_batches=None if trainer.eval_dataset is None else lambda: _eval_batches(trainer),
+            takes_loss=lambda loss: _take_loss(trainer, loss),
         )
+        check_place(kwargs.get("lr_scheduler"), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log what changed; when a checkpoint is about to be written, write the side file first."""
@@ -86,7 +91,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Pass logged metrics on, to the guard and the report; a checkpoint of this step must hold what they change."""
-        if logs and self.run.sparsifier.is_attached and not all(name.startswith("prune/") for name in logs):
+        is_ours = all(name.startswith("prune/") or name == "epoch" for name in logs or ())
+        if logs and self.run.sparsifier.is_attached and not is_ours:
             self.run.observe(logs)
             self._save_if_due(args, state, control)
 
@@ -102,6 +108,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Detach, evaluate, report and export."""
         self.run.finish()
+        if self.run.recovery is not None and self.run.recovery.options.distill is not None:
+            calling_trainer()[0].compute_loss_func = None
 
     def state(self) -> dict[str, Any]:
         """Return what builds this callback again; masks are in the side file."""
@@ -159,6 +167,14 @@ def calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
     if trainer is None:
         raise RuntimeError("PruningCallback must be called by a transformers.Trainer")
     return trainer, folder if isinstance(folder, str | os.PathLike) else None
+
+
+def _take_loss(trainer: Trainer, loss: Any) -> None:
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "recover.distill gives the loss, and so does the compute_loss_func of this Trainer; leave out one of them"
+        )
+    trainer.compute_loss_func = loss
 
 
 def _eval_batches(trainer: Trainer) -> Iterator[dict[str, Tensor]]:

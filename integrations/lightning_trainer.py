@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.integrations.continued_rate import check_place, take_over_lightning
 from lightning_prune.integrations.language_model import language_model
 from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.recipe import Recipe
@@ -36,6 +37,12 @@ class PruningCallback(Callback):
         if stage == "fit" and self.run.recovery is not None:
             self.run.prepare(pl_module)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the recipe's learning rate in the place of the module's, before a checkpoint is restored."""
+        options = None if self.run.recovery is None else self.run.recovery.options.learning_rate
+        if options is not None:
+            take_over_lightning(trainer, options, total_steps=total_steps(trainer))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: after sharding and after a restore, on every strategy."""
         self.run.start(
@@ -46,6 +53,8 @@ class PruningCallback(Callback):
             log=lambda metrics: _log(trainer, metrics),
             eval_batches=_eval_batches(trainer, pl_module),
         )
+        for config in trainer.lr_scheduler_configs:
+            check_place(config.scheduler, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.integrations.per_layer_share import build_shared
 from lightning_prune.integrations.per_layer_skip import (
     check_cache,
     drop_idle_norms,
@@ -62,6 +63,8 @@ def build_per_layer(
     inputs = probe_inputs(model) if inputs is None else inputs
     structure = discover(model, inputs) if structure is None else structure
     stack = _only_stack(model, structure)
+    if plan.share:
+        return build_shared(model, _shared_values(model, stack, plan), plan, inputs, consume=consume)
     groups = part_groups(model, structure, stack)
     removed = removed_parts(model, groups, stack, plan)
     with ExitStack() as changes:
@@ -98,6 +101,21 @@ def _only_stack(model: nn.Module, structure: Structure) -> Stack:
             "uniform budget"
         )
     return stack
+
+
+def _plain_values(model: nn.Module, stack: Stack) -> dict[str, Any]:
+    """Return the fields of the stock configuration, and the lists of blocks as seen from the base model."""
+    values = model.config.to_dict()  # type: ignore[union-attr, operator]
+    base = f"{model.base_model_prefix}." if hasattr(model, str(model.base_model_prefix)) else ""
+    return {name: value for name, value in values.items() if name not in _OWN_FIELDS} | {
+        "block_lists": [container.removeprefix(base) for container in stack.containers],
+    }
+
+
+def _shared_values(model: nn.Module, stack: Stack, plan: Plan) -> dict[str, Any]:
+    """Return the fields by which blocks share."""
+    overrides = {share.layer: {"share_with": share.donor, "share_rank": share.rank} for share in plan.share}
+    return _plain_values(model, stack) | {"per_layer_config": overrides, "skip_parts": {}}
 
 
 def _cut_natively(
@@ -139,12 +157,7 @@ def _cut(
         fields = overrides[part.layer]
         fields["skip"] = sorted({*fields.get("skip", []), part.part})
         fields |= dict.fromkeys(_sizes_of(part, structure, model.config))
-    base = f"{model.base_model_prefix}." if hasattr(model, str(model.base_model_prefix)) else ""
-    wide_values = {name: value for name, value in values.items() if name not in _OWN_FIELDS} | {
-        "per_layer_config": overrides,
-        "skip_parts": skip_parts,
-        "block_lists": [container.removeprefix(base) for container in stack.containers],
-    }
+    wide_values = _plain_values(model, stack) | {"per_layer_config": overrides, "skip_parts": skip_parts}
     for group in structure.groups.values():
         if group.layer is not None:
             wide_values |= dict(group.pins)

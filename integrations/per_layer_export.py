@@ -10,7 +10,7 @@ and the parent.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_source import stock_class_of
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.cutting import without_orphans
+from lightning_prune.structured.depth.share import normalise_updates
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.discovery.probe import outputs, probe_inputs
@@ -45,6 +46,7 @@ def export_per_layer(
     structure: Structure | None = None,
     tokenizer: Any = None,
     inputs: Mapping[str, Tensor] | None = None,
+    batches: Sequence[Mapping[str, Tensor]] = (),
     consume: bool = False,
 ) -> Path:
     """Write what a plan keeps of a model, with the tokenizer and the plan, into a new folder.
@@ -56,6 +58,7 @@ def export_per_layer(
         structure: what `discover` found in the model; found now if it is not given.
         tokenizer: anything with `save_pretrained`, or None.
         inputs: a small batch of keyword arguments of its forward; made up for models that read tokens or pixels.
+        batches: calibration data, on which what blocks with shared matrices add is normalised; without any it is not.
         consume: whether to empty the parent's tensors one by one as they are cut, to save memory.
 
     Returns:
@@ -70,6 +73,8 @@ def export_per_layer(
     structure = discover(model, inputs) if structure is None else structure
     note: dict[str, Any] = {"format": _NOTE_FORMAT, "parent": _parent(model)}
     small, note["form"], note["reason"] = _smaller(model, structure, plan, inputs, consume=consume)
+    if plan.share and batches:
+        normalise_updates(small, model, plan.share, batches)
     note["plan"] = plan.as_dict()
     note["kept"] = {key: list(cut.keep) for key, cut in without_orphans(structure.groups, plan.cuts).items()}
     note["num_parameters"] = num_parameters(small)

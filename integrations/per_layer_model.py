@@ -3,10 +3,11 @@
 The configuration carries `per_layer_config`, in the schema of Transformers: block -> the fields that differ there, for
 example {"2": {"intermediate_size": 96}, "3": {"skip": ["mlp"], "intermediate_size": null}}. Every block is what the
 stock class builds from the fields that hold for it. A part that is skipped has no weights and adds nothing to the
-residual stream; its sizes are null, at which a stock class stops that would build it whole.
+residual stream; its sizes are null, at which a stock class stops that would build it whole. A block with `share_with`
+computes with the matrices of that block, which are stored once, and with differences of rank `share_rank`.
 
-This file needs torch and transformers alone. A copy of it travels with every exported model, so that the folder loads
-with `trust_remote_code=True` where nothing else is installed.
+This file and the shared blocks it imports need torch and transformers alone. A copy of both travels with every exported
+model, so that the folder loads with `trust_remote_code=True` where nothing else is installed.
 
 Cost: loading builds the stock class once more for every set of sizes; on the meta device, as `from_pretrained` does,
 this takes no memory.
@@ -19,6 +20,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_prune.structured.depth.shared_block import share_block
 
 __all__ = ["Nothing", "PerLayerConfig", "PerLayerModel"]
 
@@ -71,6 +75,12 @@ class PerLayerConfig:
             raise ValueError(
                 f"per_layer_config is of blocks {sorted(known)} out of {list(chosen)}, but {self._num_layers} are built"
             )
+        for layer, fields in known.items():
+            donor = fields.get("share_with", chosen[0])
+            if donor not in chosen:
+                raise ValueError(f"block {layer} shares with block {donor}, which is not among {list(chosen)}")
+            if "share_with" in fields:
+                fields["share_with"] = chosen.index(donor)
         self.__dict__["layer_overrides"] = {new: known[old] for new, old in enumerate(chosen) if old in known}
 
     @property
@@ -99,11 +109,18 @@ class PerLayerConfig:
         """Return the fields that differ in a block; the sizes of what it leaves out are null and not among them."""
         fields = dict(self.layer_overrides.get(layer, {}))
         skipped = fields.pop("skip", [])
+        for name in ("share_with", "share_rank"):
+            fields.pop(name, None)
         return {name: value for name, value in fields.items() if value is not None or not skipped}
 
     def skipped(self, layer: int) -> list[str]:
         """Return the parts that a block leaves out: attention, mlp."""
         return list(self.layer_overrides.get(layer, {}).get("skip", []))
+
+    def shared(self, layer: int) -> tuple[int, int] | None:
+        """Return the block whose matrices this one computes with, and the rank of its differences; None if its own."""
+        fields = self.layer_overrides.get(layer, {})
+        return (int(fields["share_with"]), int(fields["share_rank"])) if "share_with" in fields else None
 
     def stand_ins(self, layer: int) -> dict[str, str]:
         """Return module of a block -> what it gives instead; see `Nothing`."""
@@ -186,6 +203,8 @@ class PerLayerModel:
         for layer in range(config.num_hidden_layers):
             for block in self._blocks(self, layer):
                 self._leave_out(block, config.stand_ins(layer))
+        for layer in range(config.num_hidden_layers):
+            self._share(layer, config.shared(layer))
         self._number_caches()
 
     def _blocks(self, model: Any, layer: int) -> Iterator[Any]:
@@ -215,6 +234,18 @@ class PerLayerModel:
             old = getattr(owner, leaf, None)
             if old is not None:
                 setattr(owner, leaf, Nothing(kind, getattr(old, "out_features", getattr(old, "nf", None))))
+
+    def _share(self, layer: int, shared: tuple[int, int] | None) -> None:
+        """Let a block compute with the matrices of another one."""
+        if shared is None:
+            return
+        config: Any = self.config  # type: ignore[attr-defined]
+        donor, rank = shared
+        if config.shared(donor) is not None:
+            raise ValueError(f"block {layer} shares with block {donor}, which has no matrices of its own")
+        for block, lender in zip(self._blocks(self, layer), self._blocks(self, donor), strict=True):
+            names = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+            share_block(block, lender, rank, width=config.hidden_size, names=names)
 
     def _number_caches(self) -> None:
         """Give the attentions that are left the first places in the cache: its length is read from those.

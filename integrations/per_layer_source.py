@@ -1,5 +1,6 @@
 """Classes of models with per-layer shapes: as objects in memory, and as the text of a file that goes with a model."""
 
+import ast
 import functools
 import inspect
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from lightning_prune.integrations import per_layer_model
 from lightning_prune.integrations.per_layer_model import PerLayerConfig, PerLayerModel
+from lightning_prune.structured.depth import shared_block
 
 __all__ = ["SavedWithCode", "auto_map", "modelling_file", "modelling_source", "per_layer_classes", "stock_class_of"]
 
@@ -110,19 +112,33 @@ def modelling_source(stock_class: Any) -> str:
     by_auto = _heads(stock_class)
     heads = list(dict.fromkeys(by_auto.values()))
     config = _pruned(stock_config)
+    own_import = f"from {shared_block.__name__} import share_block\n\n"
     template = inspect.getsource(per_layer_model)
+    assert template.count(own_import) == 1
+    template = template.replace(own_import, "")
     listed = "\n".join(f"from {found.__module__} import {found.__name__}" for found in (stock_config, *heads))
     first_import = "from torch import Tensor, nn\n"
     assert template.count(first_import) == 1
-    imports = (
+    further, definitions = _imports_and_definitions(inspect.getsource(shared_block))
+    imports = "".join(f"{line}\n" for line in further if f"{line}\n" not in template)
+    imports += (
         f"from huggingface_hub.dataclasses import strict\n{first_import}from transformers import AutoModel\n{listed}\n"
     )
     return (
         template.replace(first_import, imports)
+        + definitions
         + _CONFIG.format(config=config, stock_config=stock_config.__name__, model_type=_model_type(stock_class))
         + "".join(_MODEL.format(name=_pruned(head), stock=head.__name__, config=config) for head in heads)
         + (_REGISTER.format(config=config, base=_pruned(by_auto["AutoModel"])) if "AutoModel" in by_auto else "")
     )
+
+
+def _imports_and_definitions(source: str) -> tuple[list[str], str]:
+    """Return the import lines of a file, and its text from the first class or function on."""
+    body = ast.parse(source).body
+    imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    first = next(node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
+    return imports, "\n\n" + "".join(source.splitlines(keepends=True)[first.lineno - 1 :])
 
 
 def _model_type(stock_class: Any) -> str:

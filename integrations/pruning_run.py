@@ -22,12 +22,18 @@ from lightning_prune.integrations.language_model import language_model
 from lightning_prune.integrations.recovery_run import Batches, RecoveryRun
 from lightning_prune.recipe import Export, Recipe
 from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
+from lightning_prune.targets import clean_name
 from lightning_prune.types import Report
 
 __all__ = ["PruningRun"]
 
 logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, float]], None]
+
+
+def _whole_copy(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the weights on the CPU, under the names of targets."""
+    return {clean_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in model.named_parameters()}
 
 
 class PruningRun:
@@ -85,6 +91,7 @@ class PruningRun:
         tokenizer: Any,
         log: Log,
         eval_batches: Batches | None = None,
+        takes_loss: Callable[[Any], None] | None = None,
     ) -> None:
         """Evaluate the dense model if asked to, then hold masks; collective.
 
@@ -95,6 +102,7 @@ class PruningRun:
             tokenizer: of the language model in it, or None; needed for evaluation.
             log: sends metrics to the trainer's logger.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
+            takes_loss: hands the trainer a loss function; None for one that trains on the model's own loss.
         """
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
@@ -103,20 +111,41 @@ class PruningRun:
         self._check_language_model(model)
         is_new = not self.sparsifier.is_restoring
         if self.recovery is not None:
-            self.recovery.start(model, eval_batches)
+            self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
         if is_new:
             self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)
         self._log_report()
         self._measure_pruned()
 
-    def prune_once(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, tokenizer: Any) -> Report:
-        """Evaluate, prune once, evaluate, report and export, each as far as the recipe asks for it."""
+    def prune_once(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        tokenizer: Any,
+        parent: nn.Module | None = None,
+    ) -> Report:
+        """Evaluate, prune once, refit, evaluate, report and export, each as far as the recipe asks for it.
+
+        Args:
+            model: changed in place.
+            batches: calibration.
+            tokenizer: of the model, or None.
+            parent: the dense model, for a recipe that refits a model that comes pruned.
+        """
         self._model, self._tokenizer = model, tokenizer
         self._check_shrink(model)
         self._check_language_model(model)
         self._evaluate_dense(model)
+        dense = {} if self.recovery is None else _whole_copy(model if parent is None else parent)
         self.sparsifier.prune_once(model, batches)
+        if self.recovery is not None:
+            self._measure_pruned()
+            refitted = self.recovery.reconstruct(model, dense, batches)
+            self._notes += refitted.notes
+            before, after = (sum(getattr(t, end) for t in refitted.targets) for end in ("before", "after"))
+            self._notes.append(f"refitted: squared output error {after / max(before, 1e-30):.3g} of that before")
         self._conclude()
         return self.report()
 
@@ -183,6 +212,9 @@ class PruningRun:
     def observe(self, metrics: Mapping[str, object]) -> None:
         """Take in what the trainer has logged, for the guard and the report; collective."""
         self.sparsifier.observe({name: value for name, value in metrics.items() if not name.startswith("prune/")})
+        terms = {} if self.recovery is None else self.recovery.metrics()
+        if terms:
+            self._log({f"prune/{name}": value for name, value in terms.items()})
         self._log_report()
 
     def _log_report(self) -> None:
@@ -224,7 +256,7 @@ class PruningRun:
         has_tasks = self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at
         if has_tasks:
             self._evaluate("after", self.sparsifier.report())
-        if self.recovery is not None and self._model is not None and self.recovery.is_prepared:
+        if self.recovery is not None and self._model is not None:
             self.recovery.measure("recovered", self._model, self._last_results() if has_tasks else {})
             self.recovery.finish()
         try:
@@ -235,6 +267,8 @@ class PruningRun:
 
     def abort(self) -> None:
         """Let go of the model after an error or an interruption; the report shows what was reached."""
+        if self.recovery is not None:
+            self.recovery.stop()
         if self.sparsifier.is_attached:
             self.sparsifier.detach(has_failed=True)
             self._write_report()

@@ -4,11 +4,12 @@
 The adapters call it at their trainer's moments; it knows no trainer.
 """
 
+import functools
 import importlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from lightning_prune import distributed
 from lightning_prune.export.folder import PLAN_NAME
 from lightning_prune.integrations.language_model import language_model, replace_module
 from lightning_prune.recipe import Recipe, Recover
+from lightning_prune.recovery.distill import Distiller
 from lightning_prune.recovery.gap import Effort, HeldOutLoss, Measurement, RecoveryReport
 from lightning_prune.recovery.held_out import measure_loss
+from lightning_prune.recovery.reconstruct import ReconstructionReport, reconstruct
 from lightning_prune.recovery.retrain import Trainable, choose_trainable, count_trainable, parameters_of_part
+from lightning_prune.recovery.teacher import self_teacher
 from lightning_prune.sparsifier import Sparsifier
 from lightning_prune.targets import Targets
 
@@ -52,11 +56,14 @@ class RecoveryRun:
         self.recipe, self.sparsifier = recipe, sparsifier
         self.moments: dict[str, Measurement] = {}
         self.trainable = Trainable(0, 0)
+        self._distiller: Distiller | None = None
+        self._teacher: nn.Module | None = None
         self._prepared: nn.Module | None = None
         self._eval_batches: Batches | None = None
         self._handles: list[RemovableHandle] = []
         self._num_tokens: Tensor | int = 0
-        self._seconds, self._since = 0.0, 0.0
+        self._seconds = 0.0
+        self._since: float | None = None  # the moment from which time is counted, later by what measuring took
         if self.options.lora is not None:
             _peft().check_config(self.options.lora.form, self.options.lora.config)
             if self.options.lora.form == "plain" and recipe.prune is not None and self._merges:
@@ -64,6 +71,12 @@ class RecoveryRun:
                     "recover.lora.form plain is dense, so merging it would fill the zeros that this recipe prunes; use "
                     "form masked or scaled, or export.format adapter"
                 )
+        distill = self.options.distill
+        if distill is not None and distill.teacher == "self" and recipe.prune is None:
+            raise ValueError(
+                "recover.distill.teacher self is the model as it is before this recipe prunes it, but there is no "
+                "section prune; name the folder of the dense model"
+            )
 
     @property
     def _merges(self) -> bool:
@@ -82,11 +95,15 @@ class RecoveryRun:
         Raises:
             ValueError: if the model cannot be recovered so.
         """
+        if self.options.reconstruct is not None:
+            raise ValueError("recover.reconstruct refits weights once, without training; run it with oneshot")
         found = language_model(module)
         if found is None:
             raise ValueError("the recipe recovers a Hugging Face model, and none was found in this training")
         if self.recipe.prune is None and self.options.requires == "pruned":
             _check_pruned(found)
+        if self.options.distill is not None and self.options.distill.teacher == "self":
+            self._teacher = self_teacher(found, dtype=self.options.distill.teacher_dtype)
         before = sum(parameter.numel() for parameter in found.parameters())
         if self.options.lora is not None:
             module = replace_module(module, found, self._with_lora(found))
@@ -159,12 +176,22 @@ class RecoveryRun:
             saved += [name.rpartition(".")[0] for name in names]
         return result, list(dict.fromkeys(saved))
 
-    def start(self, module: nn.Module, eval_batches: Batches | None) -> None:
-        """Count tokens and time from here on.
+    def start(
+        self,
+        module: nn.Module,
+        *,
+        tokenizer: Any,
+        eval_batches: Batches | None,
+        takes_loss: Callable[[Any], None] | None,
+    ) -> None:
+        """Distill if asked to, and count tokens and time from here on.
 
         Args:
             module: what is trained, as the trainer has wrapped or sharded it.
+            tokenizer: of the student, to compare with the teacher's; None if there is none.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
+            takes_loss: hands the trainer a function of (outputs, labels, num_items_in_batch) that gives the loss; None
+                for a trainer that trains on the loss in the model's output.
 
         Raises:
             ValueError: if `prepare` was not called before.
@@ -177,8 +204,53 @@ class RecoveryRun:
         self._eval_batches = eval_batches
         found = language_model(module)
         assert found is not None
+        if self.options.distill is not None:
+            self._distill(found, tokenizer, takes_loss)
         self._handles.append(found.register_forward_pre_hook(self._count, with_kwargs=True))
         self._since = time.monotonic()
+
+    def _distill(self, model: nn.Module, tokenizer: Any, takes_loss: Callable[[Any], None] | None) -> None:
+        options = self.options.distill
+        assert options is not None
+        teacher: nn.Module | Callable[[], nn.Module]
+        if self._teacher is not None:
+            teacher = self._teacher
+        else:
+            device = distributed.local(next(model.parameters()).detach()).device
+            opened = functools.partial(
+                importlib.import_module("lightning_prune.integrations.hf_teacher").open_teacher,
+                options.teacher,
+                dtype=options.teacher_dtype,
+                device=device,
+                offload=options.offload,
+                student_tokenizer=tokenizer,
+            )
+            teacher = opened if options.cache_dir is not None else opened()
+        is_self = options.teacher == "self"
+        self._distiller = Distiller(
+            options,
+            teacher=teacher,
+            teacher_id=None if is_self else options.teacher,
+            is_placed=options.offload and not is_self,
+            rank=distributed.rank(),
+        )
+        self._distiller.attach(model, replace_loss=takes_loss is None)
+        if takes_loss is not None:
+            takes_loss(self._distiller.loss)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the terms of the distillation in the last training call, for the trainer's log."""
+        found = {} if self._distiller is None else self._distiller.metrics()
+        return {f"distill/{name}": value for name, value in found.items()}
+
+    def stop(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._distiller is not None:
+            self._distiller.detach()
+        self._distiller = self._teacher = None
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -200,21 +272,25 @@ class RecoveryRun:
         if self._eval_batches is not None:
             batches = list(itertools.islice(self._eval_batches(), _HELD_OUT_BATCHES))
             if batches and all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches):
-                nats, num_tokens = measure_loss(_inner(model), batches)
-                loss = HeldOutLoss(nats=nats, num_tokens=num_tokens, data="the trainer's evaluation data")
+                mean, count = measure_loss(_inner(model), batches)
+                total, num_tokens = distributed.sum_everywhere(torch.tensor([mean * count, count])).tolist()
+                nats = total / num_tokens
+                loss = HeldOutLoss(nats=nats, num_tokens=int(num_tokens), data="the trainer's evaluation data")
         self.moments[moment] = Measurement(loss=loss, results=dict(results))
-        self._since += time.monotonic() - began
+        if self._since is not None:
+            self._since += time.monotonic() - began
 
     def finish(self) -> RecoveryReport:
-        """Stop counting and return the report."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seconds += time.monotonic() - self._since
-        self._since = time.monotonic()
+        """Let go of the model and return the report; collective."""
+        self.stop()
+        self._num_tokens = int(distributed.sum_everywhere(torch.as_tensor(self._num_tokens)))
+        self._seconds, self._since = self._elapsed(), None
         report = self.report()
         distributed.log(logger, logging.INFO, "recovery: %s", report.sentence())
         return report
+
+    def _elapsed(self) -> float:
+        return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def report(self) -> RecoveryReport:
         """Return what was measured so far."""
@@ -226,11 +302,35 @@ class RecoveryRun:
         )
         return RecoveryReport(**self.moments, effort=effort)
 
+    def check_once(self) -> None:
+        """Check that the section can be used without a training.
+
+        Raises:
+            ValueError: if a part of it needs one.
+        """
+        if self.options.trains:
+            raise ValueError(
+                "recover.lora, retrain, distill and learning_rate need a training; prune once with this recipe's "
+                "section prune alone, then train what it wrote with its section recover (run, exec or a callback)"
+            )
+
+    def reconstruct(
+        self, model: nn.Module, dense: Mapping[str, Tensor], batches: Sequence[Mapping[str, Tensor]]
+    ) -> ReconstructionReport:
+        """Refit the kept weights of a model that was pruned just now."""
+        assert self.options.reconstruct is not None
+        began = time.monotonic()
+        report = reconstruct(model, dense, self.sparsifier.masks, batches, options=self.options.reconstruct)
+        self._seconds = time.monotonic() - began
+        self._num_tokens = report.num_tokens
+        num_refitted = sum(int(self.sparsifier.masks[target.name].sum()) for target in report.targets)
+        self.trainable = Trainable(num_refitted, sum(parameter.numel() for parameter in model.parameters()))
+        return report
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain values."""
-        running = time.monotonic() - self._since if self._handles else 0.0
         moments = {moment: measurement.as_dict() for moment, measurement in self.moments.items()}
-        return {"moments": moments, "num_tokens": int(self._num_tokens), "seconds": self._seconds + running}
+        return {"moments": moments, "num_tokens": int(self._num_tokens), "seconds": self._elapsed()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from a saved state."""

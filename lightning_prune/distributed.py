@@ -27,6 +27,7 @@ __all__ = [
     "is_sharded",
     "local",
     "log",
+    "rank",
     "rebuild",
     "reshard",
     "row_range",
@@ -44,6 +45,11 @@ def is_active() -> bool:
 def is_first_rank() -> bool:
     """Return whether this process is the one that writes and logs."""
     return not is_active() or dist.get_rank() == 0
+
+
+def rank() -> int:
+    """Return the number of this process, 0 where it is alone."""
+    return dist.get_rank() if is_active() else 0
 
 
 def log(logger: logging.Logger, level: int, message: str, *values: object) -> None:

@@ -32,9 +32,9 @@ class OneShot:
         self,
         model: nn.Module,
         observation: Observation,
-        *,
         decide: Callable[[Sequence[Binding]], Decision],
         set_mask: Callable[[Binding, Tensor], None],
+        *,
         sparsity: float,
         progress: bool,
     ) -> None:

@@ -6,6 +6,9 @@ from typing import Any, Literal, get_args
 from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.granularity import Unstructured
 from lightning_prune.guard import MetricGuard
+from lightning_prune.recovery.distill_options import Distill
+from lightning_prune.recovery.learning_rate import LearningRate
+from lightning_prune.recovery.reconstruct import Reconstruct
 from lightning_prune.recovery.retrain import Part
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.structured.method import StructuredMethod
@@ -70,13 +73,21 @@ class Recover:
 
     lora: Lora | None = None
     retrain: tuple[Part, ...] = ()
+    distill: Distill | None = None
+    reconstruct: Reconstruct | None = None
+    learning_rate: LearningRate | None = None
     requires: Literal["pruned", "any"] = "pruned"
 
     def __post_init__(self) -> None:
-        if self.lora is None and not self.retrain:
+        if not self.trains and self.reconstruct is None:
             raise ValueError(
                 "recover names no way to recover, so it would do nothing; give lora, retrain, distill, reconstruct or "
                 "learning_rate, or set recover: null"
+            )
+        if self.trains and self.reconstruct is not None:
+            raise ValueError(
+                "recover.reconstruct works once, from calibration data, and the rest of recover in a training; make "
+                "two recipes: lightning-prune oneshot with the one, then train what it wrote with the other"
             )
         if len(set(self.retrain)) != len(self.retrain):
             raise ValueError(f"recover.retrain names a part twice: {', '.join(self.retrain)}")
@@ -85,6 +96,11 @@ class Recover:
                 "recover.retrain: [all] trains every weight; leave out the other parts and lora, or name some of "
                 f"{', '.join(get_args(Part)[:-1])}"
             )
+
+    @property
+    def trains(self) -> bool:
+        """Return whether a part of this needs a training."""
+        return any((self.lora, self.retrain, self.distill, self.learning_rate))
 
 
 @dataclass(frozen=True, kw_only=True)

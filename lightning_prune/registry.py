@@ -27,6 +27,8 @@ _FURTHER_CONTRACTS = {
     "structured": ("structured.method", "StructuredMethod"),
     "structured.depth.criteria": ("structured.depth.criteria", "Criterion"),
     "solvers.greedy_output": ("solvers.greedy_output", "OutputChooser"),
+    "recovery.divergences": ("recovery.divergences", "Divergence"),
+    "recovery.matching": ("recovery.matching", "StateDistance"),
 }
 
 

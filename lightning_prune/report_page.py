@@ -21,6 +21,7 @@ from lightning_prune.report_plots import (
     check_requirements,
     draw_heatmap,
     draw_history,
+    draw_recovery,
     group_targets,
 )
 from lightning_prune.report_tables import (
@@ -31,6 +32,7 @@ from lightning_prune.report_tables import (
     evaluations_during,
     format_percent,
     format_value,
+    recovery_table,
     targets_table,
     versions_table,
 )
@@ -148,6 +150,28 @@ def _layers_plot(path: Path, targets: Sequence[Values]) -> str:
     return _plot(path, lambda theme: draw_heatmap(grid, theme), alt=alt, otherwise="The report lists no targets.")
 
 
+def _listed(report: Values, key: str) -> list[Any]:
+    value = report.get(key)
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _recovery(path: Path, recovery: Values) -> str:
+    """Return what recovery won back: plot and table."""
+    gaps = _listed(recovery, "gaps")
+    shares = [(gap, share) for gap in gaps if (share := as_number(gap.get("share"))) is not None]
+    said = "; ".join(f"{gap['task'] or 'loss'}: {format_percent(share)} of the gap recovered" for gap, share in shares)
+    alt = f"Plot of the loss before pruning, right after and after recovery; {said or 'no share of a gap is defined'}."
+    plot = _plot(path, lambda theme: draw_recovery(gaps, theme), alt=alt, otherwise="No moment was measured twice.")
+    return f'{plot}<div style="margin-top:18px">{recovery_table(recovery)}</div>'
+
+
+def _target_sections(path: Path, targets: Sequence[Values]) -> dict[str, str]:
+    return {
+        "Sparsity by layer, in percent": _layers_plot(path, targets),
+        "Targets": targets_table(targets) if targets else "",
+    }
+
+
 def _notes(notes: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escaped(note)}</li>' for note in notes)}</ul>" if notes else ""
 
@@ -164,11 +188,6 @@ def _page(report: Values, evaluations: Sequence[Values], sections: Mapping[str, 
     )
 
 
-def _listed(report: Values, key: str) -> list[Any]:
-    value = report.get(key)
-    return list(value) if isinstance(value, list | tuple) else []
-
-
 def write_report(
     directory: str | os.PathLike[str],
     *,
@@ -178,6 +197,7 @@ def write_report(
     recipe_text: str,
     notes: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
+    recovery: Values | None = None,
 ) -> Path:
     """Write report.json, the plots and index.html into a folder, over those of an earlier moment of the run.
 
@@ -190,6 +210,7 @@ def write_report(
         recipe_text: the recipe as YAML.
         notes: what a reader must know; those of the report are added.
         versions: name -> version; those of the installed packages if left out.
+        recovery: `RecoveryReport.as_dict()`; None where nothing was recovered, and the page does not speak of it.
 
     Returns:
         the path of index.html.
@@ -198,24 +219,22 @@ def write_report(
         ImportError: if matplotlib is missing.
     """
     check_requirements()
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(directory)).mkdir(parents=True, exist_ok=True)
     all_notes = list(dict.fromkeys([*notes, *_listed(report, "notes")]))
     all_versions = dict(_installed_versions() if versions is None else versions)
     record = {"format": _FORMAT, "report": report, "history": history, "evaluations": evaluations}
     record |= {"recipe": recipe_text, "notes": all_notes, "versions": all_versions}
+    record |= {} if recovery is None else {"recovery": recovery}
     _write(folder / "report.json", json.dumps(_plain(record), indent=1, allow_nan=False).encode())
-    targets = _listed(report, "targets")
     sections = {
         "Before and after": before_after(report, evaluations),
+        "Recovery": "" if recovery is None else _recovery(folder / "recovery.png", recovery),
         "Notes": _notes(all_notes),
         "Sparsity and loss over time": _history_plot(folder / "history.png", history),
         "Evaluations during the run": evaluations_during(evaluations),
-        "Sparsity by layer, in percent": _layers_plot(folder / "layers.png", targets),
-        "Targets": targets_table(targets) if targets else "",
+        **_target_sections(folder / "layers.png", _listed(report, "targets")),
         "Recipe": f'<pre tabindex="0">{escaped(recipe_text)}</pre>',
         "Versions": versions_table(all_versions),
     }
-    page = folder / "index.html"
-    _write(page, _page(report, evaluations, sections).encode())
-    return page
+    _write(folder / "index.html", _page(report, evaluations, sections).encode())
+    return folder / "index.html"

@@ -1,4 +1,4 @@
-"""Draw the plots of the report: sparsity and loss over time, and the sparsity of every target by layer.
+"""Draw the plots of the report: sparsity and loss over time, the sparsity of every target by layer, and recovery.
 
 matplotlib is imported inside the functions: it belongs to the extra `report`. Figures are drawn without pyplot, so the
 caller's backend, styles and open figures stay as they are.
@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Grid", "Theme", "check_requirements", "draw_heatmap", "draw_history", "group_targets"]
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Grid",
+    "Theme",
+    "check_requirements",
+    "draw_heatmap",
+    "draw_history",
+    "draw_recovery",
+    "group_targets",
+]
 
 _MAX_LABELLED_CELLS = 600
+_MOMENTS = {"before": "before\npruning", "pruned": "right after\npruning", "recovered": "after\nrecovery"}
 
 
 @dataclass(frozen=True)
@@ -244,4 +255,77 @@ def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
     if len(values) <= _MAX_LABELLED_CELLS and len(grid.rows) <= 48:
         _label_cells(axes, grid, low, high, theme)
     _draw_bar(figure, image, axes, 4.0 / height, 0.05 if high - low < 0.45 else 0.2, theme)
+    return _png(figure, theme)
+
+
+def _draw_moments(axes: "Axes", moments: Mapping[str, float], theme: Theme) -> None:
+    """Draw the loss over the moments, the dense level as a line across, with every value written beside its point."""
+    xs, ys = list(range(len(moments))), list(moments.values())
+    room = (max(ys) - min(ys)) or abs(ys[0]) or 1.0
+    if "before" in moments:
+        axes.axhline(moments["before"], color=theme.muted, linewidth=1, linestyle=(0, (4, 4)))
+    axes.plot(xs, ys, color=theme.lines[0], linewidth=2, marker="o", markersize=7)
+    box = {"facecolor": theme.surface, "edgecolor": "none", "pad": 1.0}
+    for x, y in zip(xs, ys, strict=True):
+        is_low = y < max(ys[max(0, x - 1) : x + 2])  # the line leaves it upwards, so its value goes below
+        place: Any = {"xytext": (0, -11 if is_low else 11), "textcoords": "offset points", "ha": "center", "bbox": box}
+        axes.annotate(f"{y:.4g}", (x, y), va="top" if is_low else "bottom", fontsize=10, color=theme.text, **place)
+    axes.set_xticks(xs)
+    axes.set_xticklabels([_MOMENTS[moment] for moment in moments])
+    axes.set_xlim(-0.4, len(xs) - 0.6)
+    axes.set_ylim(min(ys) - 0.3 * room, max(ys) + 0.3 * room)
+    axes.set_title("Loss on held-out text, nats per token", loc="left", fontsize=10, color=theme.text)
+
+
+def _draw_shares(axes: "Axes", shares: Mapping[str, float], theme: Theme) -> None:
+    """Draw one bar for each share of a gap; the whole gap is the track behind it."""
+    from matplotlib.ticker import PercentFormatter
+
+    ys, values = list(range(len(shares))), list(shares.values())
+    shown = [min(1.25, max(-0.25, value)) for value in values]
+    axes.barh(ys, [1.0] * len(ys), color=theme.rule, height=0.55)
+    axes.barh(ys, shown, color=theme.lines[0], height=0.55)
+    for y, value, end in zip(ys, values, shown, strict=True):
+        axes.annotate(
+            f"{value:.0%}", (max(end, 0.0), y), (6, 0), textcoords="offset points", va="center", color=theme.text
+        )
+    axes.set_yticks(ys)
+    axes.set_yticklabels(shares, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(min(0.0, *shown, 0.0), max(1.15, *(value + 0.15 for value in shown)))
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.set_title("Share of the gap recovered", loc="left", fontsize=10, color=theme.text)
+
+
+def draw_recovery(gaps: Sequence[Mapping[str, object]], theme: Theme = LIGHT) -> bytes | None:
+    """Draw the loss over the three moments, and the share of each gap that was recovered.
+
+    Args:
+        gaps: entries with `task`, `metric`, `before`, `pruned`, `recovered` and `share`, as in a recovery report; the
+            one without a task is the loss. Shares are drawn between -25 and 125 %, with their true value beside.
+        theme: the colours.
+
+    Returns:
+        a PNG, or None if no loss was measured twice and there is no share.
+    """
+    loss = next((gap for gap in gaps if not gap["task"]), {})
+    values = {moment: loss.get(moment) for moment in _MOMENTS}
+    moments = {key: float(v) for key, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+    names = [f"{gap['task']}: {gap['metric']}" if gap["task"] else "loss" for gap in gaps]
+    found = dict(zip(names, (gap.get("share") for gap in gaps), strict=True))
+    shares = {name: float(v) for name, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
+    if len(moments) < 2 and not shares:
+        return None
+    check_requirements()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, max(2.6, 1.2 + 0.34 * len(shares))), layout="constrained")
+    panels = [draw for draw, wanted in (("loss", len(moments) > 1), ("shares", bool(shares))) if wanted]
+    for name, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        _style(axes, theme)
+        if name == "loss":
+            _draw_moments(axes, moments, theme)
+        else:
+            axes.grid(visible=False)
+            _draw_shares(axes, shares, theme)
     return _png(figure, theme)

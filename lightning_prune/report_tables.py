@@ -1,4 +1,4 @@
-"""Tables of the report page, as HTML: the model and its evaluations before and after, during the run, and every target.
+"""Tables of the report page, as HTML: the model before, during and after the run, its recovery, and every target.
 
 Every name and value that comes from outside is escaped here.
 """
@@ -16,6 +16,7 @@ __all__ = [
     "format_count",
     "format_percent",
     "format_value",
+    "recovery_table",
     "targets_table",
     "versions_table",
 ]
@@ -23,6 +24,8 @@ __all__ = [
 Values = Mapping[str, object]
 
 _MAX_OPEN_TARGETS = 60
+_EFFORT = ("num_trained", "num_parameters", "num_tokens")
+_MOMENTS = {"before": "Before pruning", "pruned": "Right after pruning", "recovered": "After recovery"}
 # What a report counts: its words, the key when dense, the key without zeros, the unit.
 _COUNTS = (
     ("Non-zero parameters", "num_parameters", "num_nonzeros", ""),
@@ -198,6 +201,45 @@ def cards(report: Values, evaluations: Sequence[Values]) -> str:
         f'<div class="card"><b>{escaped(value)}</b><span>{escaped(label)}</span></div>' for value, label in figures
     )
     return f'<div class="cards">{body}</div>'
+
+
+def _measure_name(gap: Values) -> str:
+    return f"{gap['task']}: {gap['metric']}" if gap.get("task") else "Loss, nats per token"
+
+
+def _recovery_facts(recovery: Values, gaps: Sequence[Values]) -> str:
+    """Say what recovery took, what the loss was measured on, and why a measure has no share."""
+    facts = []
+    effort, moments = recovery.get("effort"), recovery.get("moments")
+    if isinstance(effort, Mapping):
+        trained, whole, tokens = (format_count(as_number(effort.get(key)) or 0.0) for key in _EFFORT)
+        share, taken = format_percent(effort.get("trained_share")), format_count(as_number(effort.get("seconds")) or 0)
+        facts.append(f"Trained {trained} of {whole} parameters ({share}) on {tokens} tokens in {taken} s.")
+    losses = [moment.get("loss") for moment in (moments or {}).values() if isinstance(moment, Mapping)]
+    measured = next((loss for loss in losses if isinstance(loss, Mapping)), None)
+    if measured is not None:
+        tokens = format_count(as_number(measured.get("num_tokens")) or 0.0)
+        facts.append(f"Loss on {tokens} tokens of {measured.get('data')}.")
+    for note in dict.fromkeys(gap["note"] for gap in gaps if gap.get("note")):
+        names = ", ".join(_measure_name(gap) for gap in gaps if gap.get("note") == note)
+        facts.append(f"No share of the gap: {note} ({names}).")
+    return "".join(f'<p class="muted small" style="margin:14px 0 0">{escaped(fact)}</p>' for fact in facts)
+
+
+def recovery_table(recovery: Values) -> str:
+    """Return the table of every measure at the moments, with the share of its gap that was recovered.
+
+    Args:
+        recovery: `RecoveryReport.as_dict()`.
+    """
+    found = recovery.get("gaps")
+    gaps = [gap for gap in found if isinstance(gap, Mapping)] if isinstance(found, list | tuple) else []
+    rows = []
+    for gap in gaps:
+        values = (escaped(format_value(gap.get(moment))) for moment in _MOMENTS)
+        rows.append(_row(escaped(_measure_name(gap)), *values, f"<b>{format_percent(gap.get('share'))}</b>"))
+    table = _table(["", *_MOMENTS.values(), "Gap recovered"], rows) if rows else ""
+    return table + _recovery_facts(recovery, gaps)
 
 
 def targets_table(targets: Sequence[Values]) -> str:

@@ -6,6 +6,7 @@ are fed, masks change when the schedule says so, and the masks are applied.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -300,15 +301,14 @@ class Sparsifier:
         self._held = HeldMasks()
         self._held.bindings = self._resolve(model)
         observation = Observation(self.scorer, self._held.bindings)
-        job = OneShot(
-            model,
-            observation,
-            decide=lambda bindings: self._decision(bindings, observation),
-            set_mask=self._held.set,
-            sparsity=self.schedule.sparsity,
-            progress=progress,
-        )
-        job.run(list(batches))
+        if isinstance(self.schedule, Existing):
+            self._held.take_existing(allow_none=self.schedule.allow_dense)
+        else:
+            decide = functools.partial(self._decision, observation=observation)
+            job = OneShot(
+                model, observation, decide, self._held.set, sparsity=self.schedule.sparsity, progress=progress
+            )
+            job.run(list(batches))
         self._sparsity, self._is_once = self.schedule.sparsity, True
         self._model = model
         self._finish_update()
