@@ -105,6 +105,8 @@ def add_lora(
     options = _DEFAULTS | given
     if "target_modules" not in given and not given.get("target_parameters"):
         options["target_modules"] = _default_modules(model)
+    # GPT-2 keeps its weights the other way round, which PEFT wants to be told.
+    options.setdefault("fan_in_fan_out", any(is_linear(m) and not isinstance(m, nn.Linear) for m in model.modules()))
     if modules_to_save:
         options["modules_to_save"] = [*(options.get("modules_to_save") or ()), *modules_to_save]
     _check_modules(model, options)

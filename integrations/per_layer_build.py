@@ -63,6 +63,7 @@ def build_per_layer(
     inputs = probe_inputs(model) if inputs is None else inputs
     structure = discover(model, inputs) if structure is None else structure
     stack = _only_stack(model, structure)
+    _check_not_shared(model)
     if plan.share:
         return build_shared(model, _shared_values(model, stack, plan), plan, inputs, consume=consume)
     groups = part_groups(model, structure, stack)
@@ -101,6 +102,16 @@ def _only_stack(model: nn.Module, structure: Structure) -> Stack:
             "uniform budget"
         )
     return stack
+
+
+def _check_not_shared(model: nn.Module) -> None:
+    overrides: Mapping[int, Mapping[str, Any]] = getattr(model.config, "layer_overrides", {})
+    for layer, fields in overrides.items():
+        if "share_with" in fields:
+            raise ValueError(
+                f"block {layer} shares the matrices of block {fields['share_with']}, so its shapes cannot become its "
+                "own; cut the model before its blocks share, or remove whole blocks with shrink"
+            )
 
 
 def _plain_values(model: nn.Module, stack: Stack) -> dict[str, Any]:
