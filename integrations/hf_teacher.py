@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_prune.recovery.distill import Distill, Distiller
-from lightning_prune.recovery.teacher import Dtype, frozen, self_teacher
+from lightning_prune.recovery.teacher import Dtype, frozen
 
 __all__ = ["check_tokenizers", "distiller_of", "offloaded", "open_teacher", "teacher_id"]
 
@@ -23,27 +23,29 @@ _SAMPLED_BYTES = 1 << 16
 def distiller_of(
     options: Distill,
     *,
-    student: nn.Module,
+    copied: nn.Module | None,
     student_tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     rank: int = 0,
 ) -> Distiller:
-    """Return the distillation that a recipe asks for; call it before the student is pruned.
+    """Return the distillation that a recipe asks for.
 
-    A teacher from a folder is opened on first need: never, if all its logits are in the cache.
+    A teacher from a folder is opened at once, so that one that does not fit is refused at once; with a cache, on first
+    need: never, if all its logits are there.
 
     Args:
         options: of the recipe.
-        student: what a self-teacher is copied from, as it is now.
+        copied: the self-teacher, copied before the student was pruned; None where a folder is named.
         student_tokenizer: compared with the teacher's; None leaves that out.
-        device: where the student will train.
+        device: where the student trains.
         rank: of this process.
 
     Raises:
-        ValueError: if offload has no effect.
+        ValueError: if there is no self-teacher, the tokenizers differ, or offload has no effect.
     """
     if options.teacher == "self":
-        copied = self_teacher(student, dtype=options.teacher_dtype)
+        if copied is None:
+            raise ValueError("distill.teacher self needs a copy of the model from before pruning; name a folder")
         teacher = offloaded(copied, device=device) if options.offload else copied
         return Distiller(options, teacher=teacher, is_placed=options.offload, rank=rank)
     if options.offload:
@@ -56,7 +58,9 @@ def distiller_of(
         offload=options.offload,
         student_tokenizer=student_tokenizer,
     )
-    name = teacher_id(options.teacher) if options.cache_dir else None
+    if options.cache_dir is None:
+        return Distiller(options, teacher=opener(), is_placed=options.offload, rank=rank)
+    name = teacher_id(options.teacher)
     return Distiller(options, teacher=opener, teacher_id=name, is_placed=options.offload, rank=rank)
 
 

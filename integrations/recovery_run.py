@@ -153,7 +153,9 @@ class RecoveryRun:
             wrapped = model
         else:
             config, saved = self._with_parts(model, options.config)
-            wrapped = adapters.add_lora(model, form=options.form, config=config, masks=held, modules_to_save=saved)
+            with torch.random.fork_rng():  # the same start in every trainer and on every rank
+                torch.manual_seed(self.recipe.seed)
+                wrapped = adapters.add_lora(model, form=options.form, config=config, masks=held, modules_to_save=saved)
         self.sparsifier.surrogate = adapters.surrogate_of(wrapped)
         if self._merges:
             _merging().check_merge(wrapped)

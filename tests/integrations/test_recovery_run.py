@@ -1,0 +1,222 @@
+"""Recover in both trainers from one recipe: the same weights, exact resumes, kept zeros, honest reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lightning_prune import Once, Sparsifier
+from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
+from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.integrations.peft_lora import add_lora, surrogate_of
+from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer, loader
+from tests.loops import BATCH, NUM_STEPS
+from tests.tiny_models import tiny_llama
+
+PRUNE = {"schedule": {"class_path": "Once", "init_args": {"sparsity": 0.5}}}
+LORA = {"form": "masked", "config": {"r": 4}}
+SHORTGPT = {"class_path": "ShortGPT", "init_args": {"num_blocks": 1}}
+WAYS: dict[str, dict[str, Any]] = {
+    "masked": {"lora": LORA},
+    "scaled, norms": {"lora": {"form": "scaled", "config": {"r": 4}}, "retrain": ["norms"]},
+    "norms, embeddings": {"retrain": ["norms", "embeddings"]},
+    "distillation": {"distill": {"temperature": 2.0, "ce_weight": 0.5}},
+    "all at once": {"lora": LORA, "distill": {}, "learning_rate": {"warmup": 2, "final": 0.0}},
+}
+
+
+def recipe(recover: dict[str, Any], out: Path, **sections: Any) -> dict[str, Any]:
+    export = {"format": "huggingface", "dir": str(out / "export")}
+    return {"prune": PRUNE, "recover": recover, "export": export} | sections
+
+
+def with_transformers(content: dict[str, Any], out: Path, *, resume: Path | None = None, **options: Any) -> Any:
+    callback = TransformersCallback(content)
+    trainer = hf_trainer(options.pop("model", None) or tiny_llama(), out, [callback], **options)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return callback, trainer.model
+
+
+def with_lightning(content: dict[str, Any], *, resume: Path | None = None, callbacks: Any = (), **options: Any) -> Any:
+    callback = LightningCallback(content)
+    module = TinyModule()
+    trainer = lightning_trainer([callback, *callbacks], **({"enable_checkpointing": bool(callbacks)} | options))
+    trainer.fit(module, loader(), loader(), ckpt_path=resume)
+    return callback, module.model
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder / "export").named_parameters())
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_trainers_give_the_same_weights_and_keep_every_zero(way: str, tmp_path: Path) -> None:
+    callback, model = with_transformers(recipe(WAYS[way], tmp_path / "hf"), tmp_path / "hf")
+    with_lightning(recipe(WAYS[way], tmp_path / "pl"))
+    found = weights(tmp_path / "hf")
+    assert same(found, weights(tmp_path / "pl"))
+    masks = {name.removeprefix("base_model.model."): keep for name, keep in callback.run.sparsifier.masks.items()}
+    assert len(masks) == 14
+    assert all(torch.equal(found[name] != 0, keep) for name, keep in masks.items())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "export")
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(exported(input_ids=ids).logits, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["scaled, norms", "all at once"])
+def test_resume_is_exact_in_transformers(way: str, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4}
+    with_transformers(recipe(WAYS[way], tmp_path / "one"), tmp_path / "one", **options)
+    checkpoint = tmp_path / "one" / "checkpoint-4"
+    with_transformers(recipe(WAYS[way], tmp_path / "two"), tmp_path / "two", resume=checkpoint, **options)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the second run goes on in the folder of the first
+@pytest.mark.parametrize("way", ["masked", "all at once"])
+def test_resume_is_exact_in_lightning(way: str, tmp_path: Path) -> None:
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+
+    with_lightning(recipe(WAYS[way], tmp_path / "one"), callbacks=[saving()])
+    with_lightning(recipe(WAYS[way], tmp_path / "two"), callbacks=[saving()], resume=tmp_path / "step=4.ckpt")
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+def test_the_report_holds_the_three_moments_and_the_effort(tmp_path: Path) -> None:
+    sections = {"report": {"dir": str(tmp_path / "report")}}
+    content = recipe({"retrain": ["norms"]}, tmp_path, **sections)
+    callback, model = with_transformers(content, tmp_path)
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["recovery"]
+    losses = {moment: found["moments"][moment]["loss"]["nats"] for moment in ("before", "pruned", "recovered")}
+    with torch.no_grad():
+        batches = list(callback.run.recovery._eval_batches())
+        mean = sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
+    assert losses["recovered"] == pytest.approx(mean, abs=1e-5)
+    gap = next(gap for gap in found["gaps"] if gap["metric"] == "loss")
+    share = (losses["pruned"] - losses["recovered"]) / (losses["pruned"] - losses["before"])
+    assert gap["share"] is None or gap["share"] == pytest.approx(share)
+    effort = found["effort"]
+    norms = sum(p.numel() for p in tiny_llama().parameters() if p.ndim == 1)
+    assert effort["num_trained"] == norms
+    assert effort["num_tokens"] == NUM_STEPS * BATCH * batches[0]["input_ids"].shape[1]
+    assert "Recovery" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_model_that_comes_pruned_is_recovered_under_its_zeros(tmp_path: Path) -> None:
+    dense = tiny_llama()
+    Sparsifier(schedule=Once(sparsity=0.5)).prune_once(dense, progress=False)
+    masks = {name: parameter != 0 for name, parameter in dense.named_parameters() if "proj" in name}
+    content = recipe({"lora": LORA}, tmp_path, prune=None)
+    with_transformers(content, tmp_path, model=dense)
+    found = weights(tmp_path)
+    assert all(torch.equal(found[name] != 0, keep) for name, keep in masks.items())
+
+
+def test_a_lora_of_the_programs_own_is_made_to_keep_zeros(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    callback, trained = with_transformers(recipe({"lora": {"form": "masked"}}, tmp_path), tmp_path, model=model)
+    assert trained is model
+    found = weights(tmp_path)
+    assert all(torch.equal(found[name] != 0, keep) for name, keep in callback.run.sparsifier.masks.items())
+
+
+def test_an_adapter_is_exported_alone(tmp_path: Path) -> None:
+    export = {"format": "adapter", "dir": str(tmp_path / "adapter")}
+    with_lightning(recipe({"lora": {"form": "plain", "config": {"r": 4}}}, tmp_path, export=export))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+def test_units_masked_under_a_lora_are_cut_at_the_end(tmp_path: Path) -> None:
+    prune = {
+        "targets": {"include": ["*.mlp.down_proj.weight"]},
+        "granularity": {"class_path": "Channel", "init_args": {"width": 1}},
+        "schedule": {"class_path": "Cubic", "init_args": {"sparsity": 0.5, "start": 2, "end": 8, "interval": 2}},
+        "scorer": {"class_path": "Taylor", "init_args": {"beta": 0.9}},
+    }
+    content = recipe({"lora": LORA}, tmp_path, prune=prune, shrink={"zeros": True})
+    _, trained = with_transformers(content, tmp_path)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert small.config.intermediate_size == tiny_llama().config.intermediate_size // 2
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        wanted = trained.eval()(input_ids=ids).logits
+        torch.testing.assert_close(small(input_ids=ids).logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_stand_in_for_a_frozen_weights_gradient_is_that_of_loraprune() -> None:
+    model: nn.Module = tiny_llama()
+    wrapped = add_lora(model, form="masked", config={"r": 4})
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    layer: Any = wrapped.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    found = surrogate_of(wrapped)(layer.base_layer.weight)
+    assert found is not None
+    weight, grad = found
+    torch.testing.assert_close(weight, layer.base_layer.weight + 8.0 * up @ down)  # alpha 32 over r 4
+    torch.testing.assert_close(grad, up.grad @ down + up @ down.grad - up.grad @ down.grad)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"recover": {"lora": LORA}, "prune": None}, "recovery needs a pruned model"),
+        ({"recover": {"distill": {}}, "prune": None}, "name the folder of the dense model"),
+        ({"recover": {"lora": {"form": "plain"}}}, "would fill the zeros that this recipe prunes"),
+        ({"recover": {"reconstruct": {}}}, "run it with oneshot"),
+        ({"recover": {"retrain": ["head"], "lora": LORA}}, "untie them"),
+        ({"recover": {"retrain": ["all"], "lora": LORA}}, "trains every weight"),
+        ({"recover": {}}, "names no way to recover"),
+        ({"recover": {"retrain": ["norms"], "reconstruct": {}}}, "two recipes"),
+        (
+            {"recover": {"retrain": ["norms"]}, "export": {"format": "adapter", "dir": "x"}},
+            "only recover.lora makes such",
+        ),
+        ({"recover": {"lora": LORA}, "shrink": {"method": SHORTGPT}, "prune": None}, "recover: null"),
+    ],
+)
+def test_what_cannot_be_recovered_is_refused_before_training(
+    sections: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_transformers(recipe({}, tmp_path) | sections, tmp_path)
+
+
+def test_a_callback_that_comes_too_late_is_refused(tmp_path: Path) -> None:
+    trainer = hf_trainer(tiny_llama(), tmp_path, [])
+    trainer.add_callback(TransformersCallback(recipe({"lora": LORA}, tmp_path)))
+    with pytest.raises(ValueError, match="give the callback to the Trainer's constructor"):
+        trainer.train()
+
+
+def test_a_loss_of_the_programs_own_and_a_distillation_exclude_each_other(tmp_path: Path) -> None:
+    trainer = hf_trainer(tiny_llama(), tmp_path, [TransformersCallback(recipe({"distill": {}}, tmp_path))])
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()
+    with pytest.raises(ValueError, match="leave out one of them"):
+        trainer.train()
+
+
+def test_evaluating_after_a_distillation_gives_the_ordinary_loss(tmp_path: Path) -> None:
+    callback = TransformersCallback({"prune": PRUNE, "recover": {"distill": {}}})
+    trainer = hf_trainer(tiny_llama(), tmp_path, [callback])
+    trainer.train()
+    measured = callback.run.recovery.report().as_dict()["moments"]["recovered"]["loss"]["nats"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(measured, abs=1e-4)
