@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed
 from lightning_prune.integrations.peft_layers import LoraForm, LoraLinear, MaskOf, change_class
+from lightning_prune.integrations.peft_quantized import is_quantized, mask_quantized
 from lightning_prune.masks import unpack
 from lightning_prune.observation import Surrogate
 from lightning_prune.registry import unknown
@@ -104,7 +105,8 @@ def add_lora(
     check_config(form, given)
     options = _DEFAULTS | given
     if "target_modules" not in given and not given.get("target_parameters"):
-        options["target_modules"] = _default_modules(model)
+        is_small = getattr(model, "is_quantized", False)
+        options["target_modules"] = "all-linear" if is_small else _default_modules(model)
     # GPT-2 keeps its weights the other way round, which PEFT wants to be told.
     options.setdefault("fan_in_fan_out", any(is_linear(m) and not isinstance(m, nn.Linear) for m in model.modules()))
     if modules_to_save:
@@ -200,6 +202,10 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
+def _is_sparse(weight: Tensor) -> bool:
+    return bool((weight == 0).float().mean() > 0.01)
+
+
 def surrogate_of(wrapped: PeftModel) -> Surrogate:
     """Return a function from a frozen weight to (effective weight, estimate of its gradient) from its LoRA.
 
@@ -286,12 +292,15 @@ def _convert(wrapped: PeftModel, *, form: LoraForm, mask_of: MaskOf, adapter: st
             change_class(layer, form=form, mask_of=mask_of, adapter=adapter, is_new=is_new)
             continue
         base = layer.get_base_layer()
-        is_pruned = mask_of(base.weight) is not None or bool((base.weight == 0).float().mean() > 0.01)
+        if is_quantized(base) and form == "masked":
+            mask_quantized(layer, adapter=adapter)
+            continue
+        is_pruned = is_quantized(base) or mask_of(base.weight) is not None or _is_sparse(base.weight)
         if form != "plain" and is_pruned:
             kind = type(base).__name__
             raise ValueError(
                 f"{name} is a {kind} under {type(layer).__module__}.{type(layer).__name__}, whose zeros form {form} "
-                "cannot keep; use plain linear layers without use_dora and without quantization, or form plain"
+                "cannot keep; use linear layers without use_dora, form masked if they are quantized, or form plain"
             )
     if form != "plain":
         wrapped.peft_config[adapter].init_lora_weights = _MARKS[form]

@@ -100,6 +100,12 @@ class RecoveryRun:
         found = language_model(module)
         if found is None:
             raise ValueError("the recipe recovers a Hugging Face model, and none was found in this training")
+        if getattr(found, "is_quantized", False):
+            raise ValueError(
+                "the model is quantized, so nothing can write into its zeros but a merge: wrap it with "
+                "lightning_prune.integrations.peft_lora.add_lora(model) before the Trainer, and train without this "
+                "callback"
+            )
         if self.recipe.prune is None and self.options.requires == "pruned":
             _check_pruned(found)
         if self.options.distill is not None and self.options.distill.teacher == "self":

@@ -27,12 +27,12 @@ LowRankForm = Literal["masked", "scaled"]
 
 
 def effective_weight(
-    weight_OI: Tensor, mask_OI: Tensor, down_RI: Tensor, up_OR: Tensor, *, form: LowRankForm, scale: float
+    weight_OI: Tensor | None, mask_OI: Tensor, down_RI: Tensor, up_OR: Tensor, *, form: LowRankForm, scale: float
 ) -> Tensor:
     """Return the weight that a layer with this update multiplies by.
 
     Args:
-        weight_OI: the frozen weight.
+        weight_OI: the frozen weight; None for the update of `masked` alone, where the weight is multiplied elsewhere.
         mask_OI: bool, True = keep; of use to `masked` alone, since `scaled` keeps the zeros of the weight by itself.
         down_RI: the factor that reads the input, A.
         up_OR: the factor that writes the output, B.
@@ -43,9 +43,11 @@ def effective_weight(
         weight_OI, float32 (float64 for float64 factors): what was zero is +0.0.
     """
     if form == "scaled":
+        assert weight_OI is not None
         return _product(down_RI, up_OR).mul_(weight_OI).add_(0.0)
     # Scaling the thin factor and multiplying by bytes in place of bools halves the passes over the whole weight.
-    return _product(down_RI, up_OR, scale).mul_(mask_OI.view(torch.uint8)).add_(weight_OI)
+    update_OI = _product(down_RI, up_OR, scale).mul_(mask_OI.view(torch.uint8))
+    return update_OI if weight_OI is None else update_OI.add_(weight_OI)
 
 
 def _product(down_RI: Tensor, up_OR: Tensor, scale: float = 1.0) -> Tensor:
@@ -55,7 +57,7 @@ def _product(down_RI: Tensor, up_OR: Tensor, scale: float = 1.0) -> Tensor:
 
 def low_rank_linear(
     input: Tensor,
-    weight_OI: Tensor,
+    weight_OI: Tensor | None,
     mask_OI: Tensor,
     down_RI: Tensor,
     up_OR: Tensor,
@@ -67,7 +69,7 @@ def low_rank_linear(
 
     Args:
         input: (..., I); under autocast it is multiplied in autocast's dtype, else in its own.
-        weight_OI: the weight; it gets a gradient only if it asks for one.
+        weight_OI: the weight; it gets a gradient only if it asks for one. None for the update alone.
         mask_OI: bool, True = keep.
         down_RI: A.
         up_OR: B.
@@ -88,7 +90,7 @@ class _LowRankLinear(torch.autograd.Function):
     """See `low_rank_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight_OI: Tensor, mask_OI: Tensor, *update: Any) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight_OI: Tensor | None, mask_OI: Tensor, *update: Any) -> Tensor:
         """Multiply by the effective weight."""
         down_RI, up_OR, form, scale = update
         ctx.form, ctx.scale = form, scale

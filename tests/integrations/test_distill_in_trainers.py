@@ -33,7 +33,7 @@ def rows() -> list[dict[str, Tensor]]:
     found = []
     for index, ids_T in enumerate(IDS):
         labels_T = ids_T.clone()
-        labels_T[: index % 7] = -100
+        labels_T[: 1 + index % 7] = -100  # Transformers counts the first label of some models, though it predicts none
         found.append({"input_ids": ids_T, "labels": labels_T})
     return found
 
@@ -222,13 +222,15 @@ def test_trl_trains_on_the_divergence_and_evaluates_the_cross_entropy(tmp_path: 
             layer.mlp.down_proj.weight[:, ::2] = 0
     runs: list[int] = []
     taught.register_forward_hook(lambda *_: runs.append(1))
-    text = Path(DATA, "text", "tinystories_v1_valid.txt").read_text(encoding="utf-8")
-    stories = Dataset.from_dict({"text": [story.strip() for story in text.split("<|endoftext|>")[:24]]})
+    text = Path(DATA, "text", "tinystories_v2_train.txt").read_text(encoding="utf-8")
+    stories = Dataset.from_dict(
+        {"text": [story.strip() for story in text.split("<|endoftext|>") if len(story) > 200][:24]}
+    )
     settings = arguments(tmp_path, max_steps=6, optim="adamw_torch", learning_rate=1e-3, logging_steps=1)
     distiller = Distiller(Distill(), teacher=taught)
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**settings, max_length=64, bf16=False, gradient_checkpointing=False),
+        args=SFTConfig(**settings, max_length=64, bf16=False, activation_checkpointing=False),
         train_dataset=stories,
         eval_dataset=stories,
         processing_class=AutoTokenizer.from_pretrained(folder),

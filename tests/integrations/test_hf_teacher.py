@@ -72,6 +72,16 @@ def test_offloading_from_the_cpu_to_the_cpu_is_refused(folder: Path) -> None:
         distiller_of(Distill(teacher=str(folder), offload=True), copied=None, student_tokenizer=None, device=CPU)
 
 
+def test_an_offloaded_teacher_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_teacher, "_check_offload", lambda device: None)
+    student = tiny_llama().train()
+    distiller = distiller_of(Distill(offload=True), copied=self_teacher(student), student_tokenizer=None, device=CPU)
+    distiller.attach(student, replace_loss=True)
+    for _ in range(2):
+        loss = student(input_ids=token_windows(2), labels=token_windows(2)).loss
+        assert loss.abs().item() < 1e-6
+
+
 def test_identity_follows_the_weights(folder: Path) -> None:
     first = teacher_id(str(folder))
     assert teacher_id(str(folder)) == first

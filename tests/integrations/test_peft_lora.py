@@ -116,7 +116,12 @@ def test_a_weight_that_is_zero_but_kept_is_trained_under_its_mask() -> None:
 def test_plain_lora_on_zeros_refuses_to_merge() -> None:
     model, masks = pruned()
     wrapped = add_lora(model, form="plain", config={"r": 4}, masks=masks)
-    for action in (lambda: merge(wrapped), lambda: check_merge(wrapped), wrapped.merge_and_unload, wrapped.merge_adapter):
+    for action in (
+        lambda: merge(wrapped),
+        lambda: check_merge(wrapped),
+        wrapped.merge_and_unload,
+        wrapped.merge_adapter,
+    ):
         with pytest.raises(ValueError, match=r"fill .*zeros.*(masked|form)"):
             action()
     with pytest.raises(ValueError, match="would fill"):
@@ -141,7 +146,9 @@ def test_bfloat16_weights_are_merged_in_float32() -> None:
     layer: Any = dict(lora_layers(wrapped))["base_model.model.model.layers.0.mlp.up_proj"]
     down_RI, up_OR = (getattr(layer, f"lora_{side}")["default"].weight.float() for side in "AB")
     keep = masks["model.layers.0.mlp.up_proj.weight"]
-    wanted = (layer.get_base_layer().weight.float() + 8.0 * (up_OR @ down_RI) * keep).to(torch.bfloat16)  # alpha 32, r 4
+    wanted = (layer.get_base_layer().weight.float() + 8.0 * (up_OR @ down_RI) * keep).to(
+        torch.bfloat16
+    )  # alpha 32, r 4
     assert torch.equal(merge(wrapped).get_parameter("model.layers.0.mlp.up_proj.weight"), wanted)
 
 
@@ -230,7 +237,7 @@ def test_what_cannot_be_trained_is_refused(config: dict[str, Any], message: str)
 def test_other_adapters_are_refused() -> None:
     model, masks = pruned()
     vera = peft.get_peft_model(model, peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]))
-    with pytest.raises(ValueError, match="takes over the LoRA of this program, but .*VeraConfig"):
+    with pytest.raises(ValueError, match=r"takes over the LoRA of this program, but .*VeraConfig"):
         take_over_lora(vera, form="masked", masks=masks)
     dora = peft.get_peft_model(build("llama"), peft.LoraConfig(use_dora=True, target_modules=["q_proj"]))
     with torch.no_grad():
