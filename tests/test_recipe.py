@@ -119,7 +119,7 @@ def test_packaged_recipes_load_dump_and_build(write: Write, name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert Recipe.load(write(recipe.dump())) == recipe
-    if recipe.shrink is None:
+    if recipe.shrink is None or recipe.shrink.zeros:
         assert isinstance(recipe.sparsifier(), Sparsifier)
     else:
         assert isinstance(recipe.shrink.method, StructuredMethod)
@@ -314,7 +314,9 @@ BAD = [
     (BASE + "evaluate: {tasks: [a], at: [middle]}", "Got value: middle"),
     (BASE + "export: {format: zip}", "Got value: zip"),
     (BASE + "report: {dri: x}", "unknown key 'report.dri'; did you mean 'report.dir'?"),
-    (BASE + "recover: {lora: 8}", "recover is not available in this version; set recover: null"),
+    (BASE + "recover: {lora: {r: 8}}", "unknown key 'recover.lora.r'; did you mean 'recover.lora.form'?"),
+    (BASE + "recover: {distil: {}}", "unknown key 'recover.distil'; did you mean 'recover.distill'?"),
+    (BASE + "recover: {distill: {loss: ForwardLK}}", "did you mean 'ForwardKL'?"),
     (BASE + "seed: often", "Got value: often"),
     ("prune: [1", "not a YAML file"),
     ("- 1", "a recipe is a mapping of sections, got list"),

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from lightning_prune.recovery.gap import Effort, HeldOutLoss, Measurement, RecoveryReport
 from lightning_prune.report_page import check_requirements, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -252,3 +253,39 @@ def test_missing_matplotlib_is_said_at_once(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="matplotlib"):
         write(tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def recovery_report(**changes):
+    def moment(nats, accuracy):
+        loss = HeldOutLoss(nats=nats, num_tokens=4096, data="stories & tales")
+        return Measurement(loss=loss, results={"cloze": {"acc": accuracy, "acc_stderr": 0.01}})
+
+    options = {"before": moment(1.5, 0.6), "pruned": moment(2.5, 0.595), "recovered": moment(1.75, 0.597)}
+    effort = Effort(num_trained=100, num_parameters=4000, num_tokens=8192, seconds=93.0)
+    return RecoveryReport(**options | {"effort": effort} | changes).as_dict()
+
+
+def test_recovery_has_a_section_of_its_own(tmp_path):
+    recovery = recovery_report()
+    page = write(tmp_path, recovery=recovery)
+    assert page.row("Loss, nats per token") == ["1.500", "2.500", "1.750", "75.00 %"]
+    assert page.row("cloze: acc") == ["0.6000", "0.5950", "0.5970", "-"]
+    assert "Trained 100 of 4.00 k parameters (2.50 %) on 8.19 k tokens in 93 s." in page.text
+    assert "Loss on 4.10 k tokens of stories & tales." in page.text
+    assert "the gap of 0.005 does not exceed its noise of 0.014 (cloze: acc)" in page.text
+    assert any("loss: 75.00 % of the gap recovered" in alt for alt in page.alts)
+    assert (tmp_path / "recovery.png").read_bytes().startswith(PNG)
+    assert json.loads((tmp_path / "report.json").read_text())["recovery"] == recovery
+
+
+def test_recovery_that_began_without_the_dense_model(tmp_path):
+    page = write(tmp_path, recovery=recovery_report(before=None, effort=None))
+    assert page.row("Loss, nats per token") == ["-", "2.500", "1.750", "-"]
+    assert "not measured before pruning" in page.text
+    assert "Trained" not in page.text
+
+
+def test_recovery_without_any_measurement_says_so(tmp_path):
+    page = write(tmp_path, recovery=RecoveryReport().as_dict())
+    assert "No moment was measured twice" in page.text
+    assert not (tmp_path / "recovery.png").exists()

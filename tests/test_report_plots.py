@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_prune.report_plots import Grid, draw_heatmap, draw_history, group_targets
+from lightning_prune.report_plots import Grid, draw_heatmap, draw_history, draw_recovery, group_targets
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -66,3 +66,15 @@ def test_drawing_leaves_pyplot_alone():
 
     draw_history([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def gap(task, before, pruned, recovered, share):
+    return {"task": task, "metric": "m", "before": before, "pruned": pruned, "recovered": recovered, "share": share}
+
+
+def test_recovery_is_drawn_from_a_loss_measured_twice_or_a_share():
+    assert draw_recovery([gap("", 1.5, 2.5, 1.75, 0.75), gap("$x$", 0.6, 0.5, 0.1, -4.0)]).startswith(PNG)
+    assert draw_recovery([gap("", None, 2.5, 1.75, None)]).startswith(PNG)
+    assert draw_recovery([gap("t", 0.6, 0.5, 0.7, 2.0)]).startswith(PNG)
+    assert draw_recovery([gap("", None, float("inf"), 1.75, None), gap("t", None, 0.5, 0.7, None)]) is None
+    assert draw_recovery([]) is None

@@ -20,9 +20,11 @@ from lightning_prune.scorers.taylor import Taylor
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.solvers.greedy_output import GreedyOutput
 from lightning_prune.structured import Plan, Width, discover, shrink
+from lightning_prune.structured.depth.fuse import FuseGPT, FuseTraining
 from lightning_prune.structured.depth.methods import SLEB, BlockPruner, FinerCut, MambaShedder, RemoveTail, ShortGPT
 from lightning_prune.structured.depth.replace import ReplaceMe
 from lightning_prune.structured.depth.search import Stop
+from lightning_prune.structured.depth.share import FlexiGPT
 from lightning_prune.structured.method import StructuredMethod
 from tests.structured.families import build, randomised
 from tests.tiny_models import token_windows
@@ -46,6 +48,8 @@ EVERYWHERE: dict[str, StructuredMethod] = {
     "SLEB": SLEB(stop=ONE, protect_first=0, protect_last=0),
     "tail": RemoveTail(num_blocks=1),
     "ReplaceMe": ReplaceMe(num_blocks=1),
+    "FuseGPT": FuseGPT(num_blocks=1, training=FuseTraining(rank=2, epochs=2)),
+    "FlexiGPT": FlexiGPT(num_blocks=1, rank=2),
     "BlockPruner": BlockPruner(stop=ONE),
     "FinerCut": FinerCut(stop=ONE),
 }
@@ -75,9 +79,10 @@ def test_a_method_keeps_what_it_must(family: str, name: str, tmp_path: Path) -> 
     assert plans[0] == plans[1]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     plan = Plan.from_dict(json.loads(json.dumps(plans[0].as_dict())))
-    assert plan.cuts or plan.layers is not None or plan.skip
+    assert plan.cuts or plan.layers is not None or plan.skip or plan.share
 
-    make = build_per_layer if plan.skip else lambda model, structure, plan: shrink(model, plan, structure=structure)
+    is_per_layer = bool(plan.skip or plan.share)
+    make = build_per_layer if is_per_layer else lambda model, structure, plan: shrink(model, plan, structure=structure)
     small = make(models[0], structure, plan)  # compares with the masked model by itself
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in models[0].parameters())
     if not method.repairs:
@@ -85,7 +90,7 @@ def test_a_method_keeps_what_it_must(family: str, name: str, tmp_path: Path) -> 
         assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
 
     small.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=bool(plan.skip)).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=is_per_layer).eval()
     ids_NT = token_windows(2, 8, seed=9).clamp_min(4)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids_NT).logits, small(input_ids=ids_NT).logits)

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
 from lightning_prune.integrations import hf_oneshot
 from lightning_prune.integrations.hf_oneshot import calibration_batches, calibration_windows, export_model, run_oneshot
 from lightning_prune.integrations.pruning_run import PruningRun
+from lightning_prune.types import Report
 from tests.model_folders import TEXT, character_tokenizer, write_model_folder
 
 
@@ -116,3 +120,51 @@ def test_text_is_read_from_the_file_that_was_named(tmp_path: Path, monkeypatch: 
     run_oneshot("oneshot/wanda_half", model=str(folder), out=str(tmp_path / "out"), data=data, **options)  # type: ignore[arg-type]
     tokenizer = character_tokenizer()
     assert [tokenizer.decode(ids).replace(" ", "") for ids in seen[0]] == ["thequick", "brownfo"]
+
+
+REFIT = {
+    "prune": {"scorer": "Wanda", "schedule": {"class_path": "Once", "init_args": {"sparsity": 0.5}}},
+    "recover": {"reconstruct": {}},
+    "export": {"format": "huggingface"},
+}
+
+
+def refit(folder: Path, out: Path, text: Path, **sections: Any) -> Report:
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(REFIT | sections))
+    options: dict[str, Any] = {"num_sequences": 16, "sequence_length": 16, "device": "cpu", "data": str(text)}
+    return run_oneshot(str(recipe), model=str(folder), out=str(out), **options)
+
+
+def test_kept_weights_are_refitted_whether_the_model_is_pruned_here_or_came_so(tmp_path: Path) -> None:
+    dense = write_model_folder(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    refit(dense, tmp_path / "pruned", text, recover=None)
+    refit(dense, tmp_path / "here", text)
+    parent = {"reconstruct": {"parent": str(dense)}}
+    report = refit(tmp_path / "pruned", tmp_path / "came", text, prune=None, recover=parent)
+    pruned, here, came = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("pruned", "here", "came")
+    )
+    names = [name for name in pruned if "proj" in name]
+    assert all(torch.equal(here[name] != 0, pruned[name] != 0) for name in names)
+    assert all(torch.equal(here[name], came[name]) for name in here)
+    assert not any(torch.equal(here[name], pruned[name]) for name in names)
+    share = next(note for note in report.notes if note.startswith("refitted"))
+    assert float(share.removeprefix("refitted: squared output error ").removesuffix(" of that before")) < 1
+
+
+def test_a_refit_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    dense = write_model_folder(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    parent = {"reconstruct": {"parent": str(dense)}}
+    for name, sections, message in (
+        ("a", {"prune": None}, "set recover.reconstruct.parent to its folder"),
+        ("b", {"recover": parent}, "parent has no effect"),
+        ("c", {"recover": parent, "prune": None}, "needs the masks of a pruned model, got none"),
+        ("d", {"recover": {"retrain": ["norms"]}}, "need a training"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refit(dense, tmp_path / name, text, **sections)
