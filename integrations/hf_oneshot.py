@@ -71,11 +71,7 @@ def run_oneshot(
     recipe = Recipe.load(config, overrides=overrides)
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
-    refit = None
-    if run.recovery is not None:
-        run.recovery.check_once()
-        refit = run.recovery.options.reconstruct
-    needs_text = refit is not None or bool(recipe.masking().scorer.needs)
+    needs_text = _needs_text(run)
     if data is not None and not needs_text:
         name = type(recipe.masking().scorer).__name__
         raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
@@ -90,6 +86,18 @@ def run_oneshot(
     report = run.prune_once(network, batches, tokenizer=tokenizer, parent=parent)
     logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
     return report
+
+
+def _needs_text(run: PruningRun) -> bool:
+    """Return whether calibration text is read.
+
+    Raises:
+        ValueError: if the recipe needs a training.
+    """
+    if run.recovery is not None:
+        run.recovery.check_once()
+        return True
+    return bool(run.recipe.masking().scorer.needs)
 
 
 def _parent(recipe: Recipe, *, device: str, trust_remote_code: bool) -> PreTrainedModel | None:

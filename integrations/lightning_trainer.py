@@ -1,5 +1,6 @@
 """Prune inside a Lightning `Trainer`: `Trainer(callbacks=[PruningCallback("train/gradual_magnitude")])`."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,14 +122,18 @@ def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:
 
 
 def _eval_batches(trainer: Trainer, module: LightningModule) -> Callable[[], Iterator[Any]] | None:
-    """Return what gives the validation batches anew; of several loaders, those of the first."""
-    loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
-    if not loader:
+    """Return what gives the validation batches anew; of several loaders, those of the first.
+
+    The loader is made anew or copied, since one that can be resumed remembers where its last reader stopped.
+    """
+    if not trainer.val_dataloaders:
         return None
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
 
     def batches() -> Iterator[Any]:
-        for batch in loader:
+        loaders = source.dataloader()
+        loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        for batch in copy.copy(loader) if hasattr(loader, "state_dict") else loader:
             yield module.transfer_batch_to_device(batch, module.device, 0)
 
     return batches

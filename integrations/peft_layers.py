@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.recovery.low_rank import LowRankForm, effective_weight, low_rank_linear, start_low_rank
 
@@ -36,7 +36,7 @@ def keep_of(weight: Tensor, mask_of: MaskOf) -> Tensor:
     return weight != 0 if mask is None or mask.shape != weight.shape else mask
 
 
-class GuardedLoraLinear(LoraLinear):  # type: ignore[misc]
+class GuardedLoraLinear(LoraLinear):
     """A plain LoRA layer that refuses to fill the zeros of a sparse weight."""
 
     mask_of: MaskOf
@@ -51,7 +51,8 @@ class GuardedLoraLinear(LoraLinear):  # type: ignore[misc]
         Raises:
             ValueError: if merging would fill zeros.
         """
-        keep = keep_of(self.get_base_layer().weight, self.mask_of)
+        base: Any = self.get_base_layer()
+        keep = keep_of(base.weight, self.mask_of)
         num_zeros = keep.numel() - int(keep.sum())
         if num_zeros > 0.01 * keep.numel() and check_adapters_to_merge(self, adapter_names):
             raise ValueError(
@@ -61,7 +62,7 @@ class GuardedLoraLinear(LoraLinear):  # type: ignore[misc]
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
-class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
+class MaskedLoraLinear(LoraLinear):
     """A LoRA layer whose update lies inside the mask; one adapter at a time."""
 
     mask_of: MaskOf
@@ -76,7 +77,7 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
             args: none.
             kwargs: `adapter_names` is refused: one batch has one adapter.
         """
-        base: nn.Module = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if kwargs.get("adapter_names") is not None:
             raise ValueError(f"variant {self.form} cannot mix adapters in one batch; leave out adapter_names")
         if self.disable_adapters and self.merged:
@@ -91,8 +92,7 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
             x,
             weight_OI,
             self._rows_first(keep_of(base.weight, self.mask_of)),
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
+            *self._factors(adapter),
             form=self.form,
             scale=self.scaling[adapter],
         )
@@ -104,6 +104,13 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
             raise ValueError(f"variant {self.form} takes one adapter at a time, got {active}; activate one of them")
         return active[0] if active else None
 
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return down_RI and up_OR."""
+        down_RI, up_OR = (layers[adapter].weight for layers in (self.lora_A, self.lora_B))
+        assert isinstance(down_RI, Tensor)
+        assert isinstance(up_OR, Tensor)
+        return down_RI, up_OR
+
     def _rows_first(self, weight: Tensor) -> Tensor:
         """Read a weight as (O, I); GPT-2 stores it the other way round."""
         return weight.T if self.fan_in_fan_out else weight
@@ -114,17 +121,17 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
         Args:
             adapter: its name.
         """
-        weight = self.get_base_layer().weight
-        return self._merged(adapter) - weight
+        base: Any = self.get_base_layer()
+        return self._merged(adapter) - base.weight
 
     @torch.no_grad()
     def _merged(self, adapter: str) -> Tensor:
-        weight: Tensor = self.get_base_layer().weight
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
         effective_OI = effective_weight(
             self._rows_first(weight),
             self._rows_first(keep_of(weight, self.mask_of)),
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
+            *self._factors(adapter),
             form=self.form,
             scale=self.scaling[adapter],
         )
@@ -145,7 +152,7 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
             return
         if len(names) + len(self.merged_adapters) > 1:
             raise ValueError(f"variant {self.form} merges one adapter, got {[*self.merged_adapters, *names]}")
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         merged = self._merged(names[0])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"the merged weight of adapter {names[0]} is not finite; the adapter is broken")
@@ -167,11 +174,11 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
         return False
 
 
-def change_class(layer: LoraLinear, *, form: LoraForm, mask_of: MaskOf, adapter: str, is_new: bool) -> None:
+def change_class(layer: Any, *, form: LoraForm, mask_of: MaskOf, adapter: str, is_new: bool) -> None:
     """Give a LoRA layer of PEFT the class for a form.
 
     Args:
-        layer: changed in place; its parameters stay the same tensors.
+        layer: a `LoraLinear`, changed in place; its parameters stay the same tensors.
         form: `plain` guards the merge and changes nothing else.
         mask_of: returns the mask held for a parameter, or None.
         adapter: the adapter's name.

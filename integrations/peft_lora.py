@@ -103,7 +103,7 @@ def add_lora(
     """
     given = {} if config is None else dict(config)
     check_config(form, given)
-    options = _DEFAULTS | given
+    options: dict[str, Any] = _DEFAULTS | given
     if "target_modules" not in given and not given.get("target_parameters"):
         is_small = getattr(model, "is_quantized", False)
         options["target_modules"] = "all-linear" if is_small else _default_modules(model)
@@ -176,7 +176,7 @@ def open_adapter(
     folder = Path(folder).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter_config.json; name a folder that PEFT has saved")
-    config = peft.PeftConfig.from_pretrained(str(folder))
+    config: Any = peft.PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} holds a {config.peft_type} adapter; only LoRA keeps zeros")
     marks = {mark: form for form, mark in _MARKS.items()}
@@ -197,7 +197,7 @@ def _saved_masks(folder: Path) -> dict[str, Tensor] | None:
     return {name: unpack(entry["bits"], entry["shape"]) for name, entry in saved.items()}
 
 
-def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Return the LoRA layers of a model by their name in it."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
@@ -303,4 +303,5 @@ def _convert(wrapped: PeftModel, *, form: LoraForm, mask_of: MaskOf, adapter: st
                 "cannot keep; use linear layers without use_dora, form masked if they are quantized, or form plain"
             )
     if form != "plain":
-        wrapped.peft_config[adapter].init_lora_weights = _MARKS[form]
+        config: Any = wrapped.peft_config[adapter]
+        config.init_lora_weights = _MARKS[form]

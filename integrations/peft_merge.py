@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lightning_prune import distributed, masks
@@ -105,7 +104,7 @@ def merged_state(wrapped: PeftModel, state: Mapping[str, Tensor]) -> dict[str, T
     return result
 
 
-def _merged_weight(name: str, layer: LoraLayer, weight: Tensor, state: Mapping[str, Tensor], adapter: str) -> Tensor:
+def _merged_weight(name: str, layer: Any, weight: Tensor, state: Mapping[str, Tensor], adapter: str) -> Tensor:
     if adapter not in layer.lora_A:
         return weight
     down_RI, up_OR = (state[f"{name}.lora_{side}.{adapter}.weight"].to(weight.device) for side in "AB")
@@ -155,7 +154,7 @@ def export_adapter(wrapped: PeftModel, out_dir: str, *, tokenizer: Any = None) -
         if isinstance(layer, MaskedLoraLinear)
     }
     with new_folder(out_dir) as folder:
-        wrapped.save_pretrained(folder)
+        wrapped.save_pretrained(str(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if held:

@@ -45,18 +45,18 @@ def mask_quantized(layer: LoraLayer, *, adapter: str) -> None:
     """
     if layer.lora_variant:
         raise ValueError("a quantized layer with DoRA or another variant cannot be masked; use plain LoRA options")
-    base = layer.get_base_layer()
+    base, down_RI = layer.get_base_layer(), _factor(layer, "A", adapter)
     if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
             "bitsandbytes has packed the weights for inference on this processor, and their zeros cannot be read any "
             "more; add the LoRA before the first forward pass in evaluation mode"
         )
     keep_OI = dequantize_module_weight(copy.deepcopy(base)) != 0  # reading int8 would drop its scales
-    base.register_buffer(_MASK, keep_OI.to(layer.lora_A[adapter].weight.device), persistent=False)
+    base.register_buffer(_MASK, keep_OI.to(down_RI.device), persistent=False)
     layer.lora_variant[adapter] = _MaskedBesideQuantized()
 
 
-class _MaskedBesideQuantized(LoraVariant):  # type: ignore[misc]
+class _MaskedBesideQuantized(LoraVariant):
     """What PEFT calls in place of its own update."""
 
     def supports_lora_conversion(self) -> bool:
@@ -79,8 +79,8 @@ class _MaskedBesideQuantized(LoraVariant):  # type: ignore[misc]
             x,
             None,
             keep_OI,
-            module.lora_A[active_adapter].weight,
-            module.lora_B[active_adapter].weight,
+            _factor(module, "A", active_adapter),
+            _factor(module, "B", active_adapter),
             form="masked",
             scale=module.scaling[active_adapter],
         )
@@ -95,6 +95,11 @@ class _MaskedBesideQuantized(LoraVariant):  # type: ignore[misc]
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Refuse."""
         _refuse()
+
+
+def _factor(layer: LoraLayer, side: str, adapter: str) -> Tensor:
+    weight: Tensor = getattr(layer, f"lora_{side}")[adapter].weight
+    return weight
 
 
 def _refuse() -> NoReturn:

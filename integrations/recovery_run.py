@@ -4,7 +4,6 @@
 The adapters call it at their trainer's moments; it knows no trainer.
 """
 
-import functools
 import importlib
 import itertools
 import logging
@@ -218,28 +217,12 @@ class RecoveryRun:
         self._since = time.monotonic()
 
     def _distill(self, model: nn.Module, tokenizer: Any, takes_loss: Callable[[Any], None] | None) -> None:
-        options = self.options.distill
-        assert options is not None
-        teacher: nn.Module | Callable[[], nn.Module]
-        if self._teacher is not None:
-            teacher = self._teacher
-        else:
-            device = distributed.local(next(model.parameters()).detach()).device
-            opened = functools.partial(
-                importlib.import_module("lightning_prune.integrations.hf_teacher").open_teacher,
-                options.teacher,
-                dtype=options.teacher_dtype,
-                device=device,
-                offload=options.offload,
-                student_tokenizer=tokenizer,
-            )
-            teacher = opened if options.cache_dir is not None else opened()
-        is_self = options.teacher == "self"
-        self._distiller = Distiller(
-            options,
-            teacher=teacher,
-            teacher_id=None if is_self else options.teacher,
-            is_placed=options.offload and not is_self,
+        opening = importlib.import_module("lightning_prune.integrations.hf_teacher")
+        self._distiller = opening.distiller_of(
+            self.options.distill,
+            copied=self._teacher,
+            student_tokenizer=tokenizer,
+            device=distributed.local(next(model.parameters()).detach()).device,
             rank=distributed.rank(),
         )
         self._distiller.attach(model, replace_loss=takes_loss is None)

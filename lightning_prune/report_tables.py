@@ -213,9 +213,10 @@ def _recovery_facts(recovery: Values, gaps: Sequence[Values]) -> str:
     effort, moments = recovery.get("effort"), recovery.get("moments")
     if isinstance(effort, Mapping):
         trained, whole, tokens = (format_count(as_number(effort.get(key)) or 0.0) for key in _EFFORT)
-        share, taken = format_percent(effort.get("trained_share")), format_count(as_number(effort.get("seconds")) or 0)
-        facts.append(f"Trained {trained} of {whole} parameters ({share}) on {tokens} tokens in {taken} s.")
-    losses = [moment.get("loss") for moment in (moments or {}).values() if isinstance(moment, Mapping)]
+        share, taken = format_percent(effort.get("trained_share")), as_number(effort.get("seconds")) or 0.0
+        facts.append(f"Trained {trained} of {whole} parameters ({share}) on {tokens} tokens in {taken:,.0f} s.")
+    found = moments.values() if isinstance(moments, Mapping) else ()
+    losses = [moment.get("loss") for moment in found if isinstance(moment, Mapping)]
     measured = next((loss for loss in losses if isinstance(loss, Mapping)), None)
     if measured is not None:
         tokens = format_count(as_number(measured.get("num_tokens")) or 0.0)

@@ -6,8 +6,7 @@ Between `start` and `end` masks change every `interval`, and always at both ends
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 from lightning_prune.types import Schedule
 
@@ -82,7 +81,7 @@ class Existing(Schedule):
     Source: ours.
     """
 
-    sparsity: ClassVar[float] = 0.0
+    sparsity: float = field(default=0.0, init=False)
     allow_dense: bool = False
 
     def resolve(self, total_steps: int) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import lightning_prune
 from lightning_prune import registry
 from lightning_prune.allocations.owl import OWL
 from lightning_prune.granularity import NM, Block, Channel, Unstructured
-from lightning_prune.schedules import Cosine, Cubic, Geometric, Linear, Once
+from lightning_prune.schedules import Cosine, Cubic, Existing, Geometric, Linear, Once
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.statistics.input_norm import InputNorm
 
@@ -23,7 +23,7 @@ def test_every_file_of_a_folder_is_listed_under_its_name(room: str) -> None:
 
 def test_rooms_of_one_file_list_their_concrete_classes() -> None:
     assert [entry.cls for entry in registry.entries("granularity")] == [Block, Channel, NM, Unstructured]
-    assert [entry.cls for entry in registry.entries("schedules")] == [Cosine, Cubic, Geometric, Linear, Once]
+    assert [entry.cls for entry in registry.entries("schedules")] == [Cosine, Cubic, Existing, Geometric, Linear, Once]
 
 
 def test_entry_reads_summary_and_source_from_the_module_text() -> None:

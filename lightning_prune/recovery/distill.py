@@ -7,6 +7,7 @@ Source: Muralidharan et al., Compact Language Models via Pruning and Knowledge D
     3; Sreenivas et al., LLM Pruning and Distillation in Practice, arXiv 2408.11796; the mixture with cross-entropy and
     the squared temperature, AST, arXiv 2407.20584.
 Cost: a forward pass of the teacher per step, or its top-k logits on disk; one gradient of the size of the logits.
+Tokens that count: those with a label, as for cross-entropy, but never padding.
 Limits: encoder-decoders by logits alone. A loss that the caller sums over several calls of the model per step is taken
     call by call.
 
@@ -129,8 +130,11 @@ class Distiller:
                 f"the labels have shape {tuple(labels_BT.shape)}, the logits {tuple(logits_BTV.shape)}; distillation "
                 "needs one row of logits per label (no logits_to_keep, no virtual tokens)"
             )
+        is_padding_BT = _padding(call)
+        if is_padding_BT is not None and is_padding_BT.shape == labels_BT.shape:
+            labels_BT = labels_BT.masked_fill(is_padding_BT.to(labels_BT.device), IGNORED)
         with torch.autocast(logits_BTV.device.type, enabled=False):
-            targets, taught = self._targets(call.inputs, logits_BTV, labels_BT)
+            targets, taught = self._targets(call.inputs, logits_BTV)
             total, kd, ce = self._token_loss(logits_BTV.flatten(0, 1), targets, labels_BT.flatten())
             sums = {"kd": kd, "ce": ce}
             for name, term in self._further_terms(call, taught, labels_BT).items():
@@ -160,7 +164,13 @@ class Distiller:
             if term is not None:
                 assert tokens is not None
                 student = _layers(call.outputs.get(outputs[name]), outputs[name], "student")
-                terms[name] = term.loss(student, _layers(taught.get(outputs[name]), outputs[name], "teacher"), tokens)
+                teacher = _layers(taught.get(outputs[name]), outputs[name], "teacher")
+                terms[name] = term.loss(student, teacher, tokens)
+                if not terms[name].requires_grad:
+                    raise ValueError(
+                        f"distill.{name} would teach nothing, since no gradient reaches it: train layers before it, "
+                        "and checkpoint activations with use_reentrant=False"
+                    )
         return terms
 
     def _weight(self, name: str, kd: Tensor, term: Tensor) -> Tensor | float:
@@ -172,12 +182,17 @@ class Distiller:
         return torch.where(term > 0, self._token_loss.scale * kd / term, 0.0)
 
 
+def _padding(call: StudentCall) -> Tensor | None:
+    """Return where there is padding, of a decoder. With padding on the left, it would be asked for the first token."""
+    mask = call.inputs.get("attention_mask")
+    is_decoder = call.inputs.get("decoder_input_ids") is None
+    return mask == 0 if isinstance(mask, Tensor) and mask.ndim == 2 and is_decoder else None
+
+
 def _tokens(call: StudentCall, labels_BT: Tensor) -> Tokens:
     """Return which tokens count, and which stand in the same text."""
-    is_key_BT = torch.ones_like(labels_BT, dtype=torch.bool)
-    mask, positions = call.inputs.get("attention_mask"), call.inputs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        is_key_BT = mask.bool()
+    is_padding_BT, positions = _padding(call), call.inputs.get("position_ids")
+    is_key_BT = torch.ones_like(labels_BT, dtype=torch.bool) if is_padding_BT is None else ~is_padding_BT
     keys_BTS = is_key_BT[:, None, :].expand(-1, labels_BT.shape[1], -1)
     if isinstance(positions, Tensor) and positions.ndim == 2:
         text_BT = (positions == 0).expand_as(labels_BT).cumsum(1)

@@ -177,8 +177,7 @@ class RecoveryReport:
         recovered: at the end.
         effort: None if nothing was trained.
 
-    Raises:
-        ValueError: if the losses are not of the same text.
+    Losses of different texts have no share: a report at the end of a long training states that and does not fail.
     """
 
     before: Measurement | None = None
@@ -186,14 +185,13 @@ class RecoveryReport:
     recovered: Measurement | None = None
     effort: Effort | None = None
 
-    def __post_init__(self) -> None:
-        texts = {(m.loss.data, m.loss.num_tokens) for m in self._moments.values() if m is not None and m.loss}
-        if len(texts) > 1:
-            raise ValueError(f"losses at the three moments must be of the same text and tokens, got {sorted(texts)}")
-
     @property
     def _moments(self) -> dict[str, Measurement | None]:
         return {"before": self.before, "pruned": self.pruned, "recovered": self.recovered}
+
+    @property
+    def _is_same_text(self) -> bool:
+        return len({(m.loss.data, m.loss.num_tokens) for m in self._moments.values() if m and m.loss}) < 2
 
     def gaps(self) -> tuple[Gap, ...]:
         """Return every measure that was taken at any moment, the loss first."""
@@ -201,14 +199,15 @@ class RecoveryReport:
         keys = dict.fromkeys(key for found in values.values() for key in found)
         return tuple(self._gap(key, {moment: found.get(key) for moment, found in values.items()}) for key in keys)
 
-    @staticmethod
-    def _gap(key: tuple[str, str], at: Mapping[str, tuple[float, float | None] | None]) -> Gap:
+    def _gap(self, key: tuple[str, str], at: Mapping[str, tuple[float, float | None] | None]) -> Gap:
         share, note = None, ""
         before, pruned, recovered = at["before"], at["pruned"], at["recovered"]
         higher_is_better = _higher_is_better(*key)
         if before is None or pruned is None or recovered is None:
             words = {"before": "before pruning", "pruned": "right after pruning", "recovered": "after recovery"}
             note = f"not measured {' and '.join(words[moment] for moment, value in at.items() if value is None)}"
+        elif not key[0] and not self._is_same_text:
+            note = "the losses are of different texts"
         elif higher_is_better is None:
             note = "whether higher is better is not known"
         else:

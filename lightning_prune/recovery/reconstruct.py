@@ -2,23 +2,25 @@
 
 Each target is observed on the model as it stands by then: the inputs come from blocks, and from layers of the same
 block, that are already refitted. Layers that read the same input are observed and refitted together; a block is run
-again for the next ones.
+again for the next ones. The dense model runs along, block by block, so that half of the drift of the inputs is made up
+for too.
 
 Source: layer-wise reconstruction as in Frantar and Alistarh, SparseGPT, arXiv 2301.00774, section 3.1; targets of the
     dense weights on the pruned model's inputs and the order over blocks as in Zimmer et al., PERP, arXiv 2312.15230,
     reconstruction mode, here in closed form. Bias alone: An et al., FLAP, arXiv 2312.11983.
-    Again after every group of layers that share an input, not once per block: our measurement on a 3-million-parameter
-    model at 50 % by magnitude, perplexity 86.9 before: 18.9 against 22.4.
-Cost: a forward pass of each block for every group of layers in it (four in a Llama) and two more, a Gram matrix for
-    each of them, and the conjugate gradients of solvers/masked_least_squares.py.
-Limits: linear layers; whole tensors, no shards. At least 2 calibration tokens per kept input, 32 are good.
-
-Shapes: O output features, I input features, J = I + 1.
+    Differences, from our measurement on a 3-million-parameter model at 50 % by magnitude, perplexity 86.9 before: 22.4
+    if observed once per block, 18.7 again after every group of layers that share an input; and see
+    recovery/refit.py for the share of the dense model.
+Cost: for each group of layers in a block (four in a Llama), and twice more, two forward passes of the block, one where
+    towards_dense is 0; three Gram matrices for each group, or one; conjugate gradients. Memory beside the model: one
+    block's dense weights, its inputs in both models, and the matrices of the widest group.
+Limits: linear layers; whole tensors, no shards. At least 2 calibration tokens per kept input, 32 are good. Targets
+    outside of blocks, and experts that get other tokens than in the dense model, are refitted on their own inputs.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -29,9 +31,9 @@ from lightning_prune import distributed, hooks
 from lightning_prune.calibration import Batch, evaluating, forward_all, walk_blocks
 from lightning_prune.oneshot import CurrentBatch
 from lightning_prune.recovery.reading_order import Stage, reading_order
+from lightning_prune.recovery.refit import DenseLayer, TargetError, bias_of, num_kept, refit_
+from lightning_prune.recovery.twins import PairedGram, Readings, Twins
 from lightning_prune.solvers.least_squares import MIN_TOKENS_PER_INPUT
-from lightning_prune.solvers.masked_least_squares import bias_change, centred, damping_for, masked_least_squares
-from lightning_prune.statistics.gram import Gram
 from lightning_prune.targets import Binding, Targets, clean_name, find_blocks, is_linear
 
 __all__ = ["Reconstruct", "ReconstructionReport", "TargetError", "reconstruct"]
@@ -50,6 +52,9 @@ class Reconstruct:
             what is lost into the bias alone, which every target must have then.
         damping: of the change of the kept weights, in units of the mean squared input; None follows the number of
             calibration tokens.
+        towards_dense: in [0, 1]: 0 refits to what the dense weights compute on the inputs that the pruned model gives,
+            1 to what they compute in the dense model, and between them to a mixture. Above 0 the dense model runs
+            along.
         exclude: patterns of targets that keep their weights as they are, such as stacked experts.
         parent: folder or hub id of the dense model, for a model that comes pruned; None where it is pruned in the
             same run.
@@ -60,6 +65,7 @@ class Reconstruct:
 
     method: Method = "least_squares"
     damping: float | None = None
+    towards_dense: float = 0.5
     exclude: tuple[str, ...] = ()
     parent: str | None = None
 
@@ -68,24 +74,10 @@ class Reconstruct:
             raise ValueError(f"method must be least_squares or bias, got {self.method!r}")
         if self.damping is not None and not self.damping >= 0:
             raise ValueError(f"damping must be >= 0, got {self.damping}; 1e-2 is usual, null follows the tokens")
+        if not 0 <= self.towards_dense <= 1:
+            raise ValueError(f"towards_dense must be in [0, 1], got {self.towards_dense}; 0.5 is usual")
         if self.damping is not None and self.method == "bias":
             raise ValueError("damping has no effect with method: bias; leave it out")
-
-
-@dataclass(frozen=True)
-class TargetError:
-    """What the refit did to one target.
-
-    `before` and `after` are the squared difference of its output from that of the dense weights on the same inputs,
-    over the latter's square. `residual` is that of the linear systems, 0 where none was solved.
-    """
-
-    name: str
-    before: float
-    after: float
-    tokens_per_input: float
-    damping: float
-    residual: float
 
 
 @dataclass(frozen=True)
@@ -114,8 +106,8 @@ def reconstruct(
 
     Args:
         model: pruned by `masks`; called once per batch with its entries as keyword arguments.
-        dense: the weights before pruning by clean parameter name, on any device; biases too, where the model's own
-            are no longer those of the dense model.
+        dense: the weights before pruning by clean parameter name, on any device. Other parameters too, such as biases,
+            where the model's own are no longer those of the dense model; without them they count as unchanged.
         masks: by target name, bool, True = keep, shaped like the parameter.
         batches: calibration batches, tokenised; padding is left out where they hold a 2-D `attention_mask`.
         options: how.
@@ -125,9 +117,8 @@ def reconstruct(
         The error of every target's output before and after.
 
     Raises:
-        ValueError: if model, weights, masks and batches do not fit together; nothing is changed then. If a layer sees
-            too few calibration tokens although there are enough, as an expert may; what comes before it is refitted
-            by then.
+        ValueError: if model, weights, masks and batches do not fit together; nothing is changed then. If tokens are
+            enough but a layer sees too few or none of them, as an expert may; other layers are refitted by then.
     """
     return _Pass(model, dense, masks, batches, options).run(progress=progress)
 
@@ -149,10 +140,11 @@ class _Pass:
             raise ValueError("reconstruct needs calibration batches, got none; pass batches of model inputs")
         self.model, self.dense, self.masks, self.batches, self.options = model, dense, masks, batches, options
         self.bindings = Targets(include=tuple(masks), exclude=options.exclude).resolve(model)
-        names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
-        self.bias_names = {b.name: names[id(b.module.bias)] for b in self.bindings if _bias(b) is not None}
+        self.names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+        self.bias_names = {b.name: self.names[id(b.module.bias)] for b in self.bindings if bias_of(b) is not None}
         self.device = distributed.local(self.bindings[0].parameter.detach()).device
         self.dtype = torch.float64 if self.device.type == "cpu" else torch.float32  # slow on most accelerators
+        self.twins = Twins(batches, self.device) if options.towards_dense else None
         self.errors: list[TargetError] = []
         self.num_tokens = 0
         self._orders: dict[tuple[str, ...], list[Stage]] = {}
@@ -163,33 +155,49 @@ class _Pass:
 
     def run(self, *, progress: bool) -> ReconstructionReport:
         """Refit the targets of every block, then those outside of blocks."""
-        current = CurrentBatch()
-        blocks = [(block, self._paths(block)) for block in find_blocks(self.model)]
-        paths_of = {id(block): paths for block, paths in blocks if paths}
-        inside = {id(binding) for paths in paths_of.values() for binding in paths.values()}
-
-        def visit(block: nn.Module, run: Callable[[], None]) -> None:
-            self._refit_all(block, paths_of[id(block)], current, run)
-
         with evaluating(self.model):
-            if paths_of:
-                walk_blocks(
-                    self.model,
-                    self.batches,
-                    [block for block, paths in blocks if paths],
-                    visit,
-                    device=self.device,
-                    stop_after_blocks=True,
-                    progress=progress,
-                    announce=lambda batch: current(attention_mask=batch.get("attention_mask")),
-                )
-            outside = {p: b for p, b in self._paths(self.model).items() if id(b) not in inside}
+            inside = self._refit_blocks(progress=progress)
+            outside = {path: b for path, b in self._paths(self.model).items() if b.name not in inside}
             if outside:
                 run = functools.partial(
                     forward_all, self.model, self.batches, self.device, progress=progress, title="refitting the rest"
                 )
-                self._refit_all(self.model, outside, self.model, run)
+                self._refit_all(self.model, outside, self.model, run, None)
+        refitted = {error.name for error in self.errors}
+        _check_reached([binding.name for binding in self.bindings if binding.name not in refitted])
         return ReconstructionReport(tuple(self.errors), self.num_tokens, tuple(self._notes()))
+
+    def _refit_blocks(self, *, progress: bool) -> set[str]:
+        """Refit the targets of every block; return which these are."""
+        current, twins = CurrentBatch(), self.twins
+        blocks = [(block, self._paths(block)) for block in find_blocks(self.model)]
+        paths_of = {id(block): paths for block, paths in blocks if paths}
+
+        def visit(block: nn.Module, run: Callable[[], None]) -> None:
+            if twins is not None:
+                twins.hold(list(self._swaps(block)))
+            self._refit_all(block, paths_of[id(block)], current, run, twins)
+
+        def announce(batch: Mapping[str, object]) -> None:
+            if twins is not None:
+                twins.announce(batch)
+            current(attention_mask=batch.get("attention_mask"))
+
+        try:
+            walk_blocks(
+                self.model,
+                self.batches if twins is None else twins.batches,
+                [block for block, paths in blocks if paths],
+                visit,
+                device=self.device,
+                stop_after_blocks=True,
+                progress=progress,
+                announce=announce,
+            )
+        finally:
+            if twins is not None:
+                twins.use_dense(False)
+        return {binding.name for paths in paths_of.values() for binding in paths.values()}
 
     # What is given
 
@@ -238,7 +246,7 @@ class _Pass:
             return
         num_tokens = int(distributed.sum_everywhere(torch.tensor(sum(counts), device=self.device)))
         for binding in self.bindings:
-            _check_enough(num_tokens, self._num_kept(binding), binding.name)
+            _check_enough(num_tokens, num_kept(binding.to_matrix(self.masks[binding.name])), binding.name)
 
     # What is done
 
@@ -247,68 +255,69 @@ class _Pass:
         paths = {id(layer): path for path, layer in module.named_modules()}
         return {paths[id(b.module)]: b for b in self.bindings if id(b.module) in paths}
 
+    def _swaps(self, block: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the parameters of a block with their dense values, as far as these are given."""
+        for parameter in block.parameters():
+            other = self.dense.get(self.names[id(parameter)])
+            if other is not None and other.shape == parameter.shape:
+                yield parameter, other.to(self.device, parameter.dtype)
+
     def _refit_all(
-        self, block: nn.Module, paths: Mapping[str, Binding], called: nn.Module, run: Callable[[], None]
+        self,
+        block: nn.Module,
+        paths: Mapping[str, Binding],
+        called: nn.Module,
+        run: Callable[[], None],
+        twins: Twins | None,
     ) -> None:
         """Refit the targets of one block, stage by stage; blocks alike share what was found of their order."""
         key = tuple(paths)
         if key not in self._orders:
             self._orders[key] = reading_order(block, {path: b.module for path, b in paths.items()}, run)
         reached = {path for stage in self._orders[key] for group in stage for path in group}
-        missed = [binding.name for path, binding in paths.items() if path not in reached]
-        if missed:
-            raise ValueError(f"no calibration token reached {missed[0]}; give batches that do, or more of them")
+        _check_reached([binding.name for path, binding in paths.items() if path not in reached])
         for stage in self._orders[key]:
             groups = [[paths[path] for path in group] for group in stage]
-            for group, gram_JJ in zip(groups, self._observe(groups, called, run), strict=True):
+            for group, readings in zip(groups, self._observe(groups, called, run, twins), strict=True):
                 for binding in group:
-                    self.errors.append(self._refit(binding, gram_JJ))
+                    self.errors.append(self._refit(binding, readings))
 
-    def _observe(self, groups: Sequence[Sequence[Binding]], called: nn.Module, run: Callable[[], None]) -> list[Tensor]:
-        """Return gram_JJ of the input of every group, checked for enough tokens."""
-        feeds = [(g[0], Gram(g[0].parameter.detach(), g[0].shape_OI[1])) for g in groups]
+    def _observe(
+        self, groups: Sequence[Sequence[Binding]], called: nn.Module, run: Callable[[], None], twins: Twins | None
+    ) -> list[Readings]:
+        """Return what was read of the input of every group, checked for enough tokens."""
+        feeds = [(g[0], PairedGram(g[0].parameter.detach(), g[0].shape_OI[1], twins)) for g in groups]
         handles = hooks.observe_inputs(called, feeds, only_training=False)
         try:
             run()
         finally:
             for handle in handles:
                 handle.remove()
-        grams = [statistic.compute() for _, statistic in feeds]
-        for group, gram_JJ in zip(groups, grams, strict=True):
+            if twins is not None:
+                twins.use_dense(False)
+        found = [statistic.readings() for _, statistic in feeds]
+        for group, readings in zip(groups, found, strict=True):
             for binding in group if self.options.method == "least_squares" else ():
-                _check_enough(int(gram_JJ[-1, -1]), self._num_kept(binding), binding.name)
-        return grams
+                _check_enough(readings.num_tokens, num_kept(binding.to_matrix(self.masks[binding.name])), binding.name)
+        return found
 
-    @torch.no_grad()
-    def _refit(self, binding: Binding, gram_JJ: Tensor) -> TargetError:
+    def _refit(self, binding: Binding, readings: Readings) -> TargetError:
         """Refit one target and write it; return what that did to its output."""
-        num_tokens, name = int(gram_JJ[-1, -1]), binding.name
-        self.num_tokens = max(self.num_tokens, num_tokens)
-        gram_JJ = (gram_JJ / num_tokens).to(self.dtype)
-        weight_OI = binding.to_matrix(self.dense[name].to(self.device, self.dtype))
-        bias = _bias(binding)
-        bias_O = None if bias is None else self.dense.get(self.bias_names[name], bias).to(self.device, self.dtype)
-        before = _output_error(binding, weight_OI, bias_O, gram_JJ)
-        tokens_per_input = num_tokens / self._num_kept(binding)
-        damping = residual = 0.0
-        pruned_OI = binding.to_matrix(binding.parameter.detach())
-        if self.options.method == "least_squares":
-            mask_OI = binding.to_matrix(self.masks[name].to(self.device))
-            own = self.options.damping
-            damping = damping_for(tokens_per_input) if own is None else own
-            inner_II = gram_JJ[:-1, :-1] if bias is None else centred(gram_JJ)
-            refit = masked_least_squares(weight_OI, mask_OI, inner_II, damping)
-            pruned_OI, residual = refit.weight_OI, refit.residual
-            binding.parameter.data.copy_(binding.from_matrix(pruned_OI))
-        if bias is not None and bias_O is not None:
-            stored_OI = binding.to_matrix(binding.parameter.detach())
-            bias.data.copy_(bias_O + bias_change(weight_OI, stored_OI, gram_JJ))
-        after = _output_error(binding, weight_OI, bias_O, gram_JJ)
-        return TargetError(name, before, after, tokens_per_input, damping, residual)
-
-    def _num_kept(self, binding: Binding) -> int:
-        """Return the most inputs that a row keeps."""
-        return max(1, int(binding.to_matrix(self.masks[binding.name]).sum(1).max()))
+        name, bias = binding.name, bias_of(binding)
+        self.num_tokens = max(self.num_tokens, readings.num_tokens)
+        dense = DenseLayer(
+            binding.to_matrix(self.dense[name].to(self.device, self.dtype)),
+            None if bias is None else self.dense.get(self.bias_names[name], bias.detach()).to(self.device, self.dtype),
+        )
+        return refit_(
+            binding,
+            dense,
+            binding.to_matrix(self.masks[name].to(self.device)),
+            readings,
+            towards_dense=self.options.towards_dense,
+            damping=self.options.damping,
+            only_bias=self.options.method == "bias",
+        )
 
     def _notes(self) -> list[str]:
         """Say what to be wary of."""
@@ -325,15 +334,18 @@ class _Pass:
         return notes
 
 
-def _bias(binding: Binding) -> nn.Parameter | None:
-    bias = getattr(binding.module, "bias", None)
-    return bias if isinstance(bias, nn.Parameter) else None
-
-
 def _most_tokens(batch: Batch) -> int:
     """Return how many tokens a layer sees of a batch at most; 0 where the batch holds none."""
     ids = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim == 2)
     return max((value.numel() for value in ids if not value.is_floating_point()), default=0)
+
+
+def _check_reached(missed: Sequence[str]) -> None:
+    if missed:
+        raise ValueError(
+            f"no calibration token reached {missed[0]} ({len(missed)} targets in all); give batches that do, or leave "
+            "them out with reconstruct.exclude"
+        )
 
 
 def _check_enough(num_tokens: int, num_kept: int, name: str) -> None:
@@ -343,14 +355,3 @@ def _check_enough(num_tokens: int, num_kept: int, name: str) -> None:
             f"{MIN_TOKENS_PER_INPUT} per kept input and is good from 32 on: give more batches, or leave it out with "
             "reconstruct.exclude"
         )
-
-
-def _output_error(binding: Binding, weight_OI: Tensor, bias_O: Tensor | None, gram_JJ: Tensor) -> float:
-    """Return the squared difference of a layer's output from what other weights give, over the latter's square."""
-    now_OI = binding.to_matrix(binding.parameter.detach()).to(weight_OI.dtype)
-    bias = _bias(binding)
-    shift_O = torch.zeros_like(weight_OI[:, 0]) if bias is None or bias_O is None else bias.detach() - bias_O
-    change_OJ = torch.cat([now_OI - weight_OI, shift_O.to(weight_OI.dtype)[:, None]], 1)
-    lost = ((change_OJ @ gram_JJ) * change_OJ).sum()
-    whole = ((weight_OI @ gram_JJ[:-1, :-1]) * weight_OI).sum()
-    return float(lost / whole)

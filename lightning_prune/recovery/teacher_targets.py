@@ -8,13 +8,12 @@ Shapes: B sequences, T tokens, N = B * T, V vocabulary.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_prune.recovery.distill_options import Distill
 from lightning_prune.recovery.logit_cache import CacheHeader, LogitCache, Passages
 from lightning_prune.recovery.teacher import Teacher
-from lightning_prune.recovery.token_loss import IGNORED, FullTargets, TopTargets, check_vocabulary
+from lightning_prune.recovery.token_loss import FullTargets, TopTargets, check_vocabulary
 
 __all__ = ["TeacherTargets", "logits_of"]
 
@@ -52,21 +51,18 @@ class TeacherTargets:
         self._rank = rank
         self.cache: LogitCache | None = None
 
-    def __call__(
-        self, inputs: Mapping[str, object], logits_BTV: Tensor, labels_BT: Tensor
-    ) -> tuple[FullTargets | TopTargets, Any]:
-        """Return targets for each of the N rows of logits, and the teacher's outputs if it ran.
+    def __call__(self, inputs: Mapping[str, object], logits_BTV: Tensor) -> tuple[FullTargets | TopTargets, Any]:
+        """Return targets of the N rows of logits, without meaning for padding, and the teacher's outputs if it ran.
 
         Args:
             inputs: of the student's call.
             logits_BTV: of the student.
-            labels_BT: of each row of logits.
 
         Raises:
             ValueError: if teacher, cache and student do not fit each other.
         """
         if self._options.cache_dir is not None:
-            return self._cached(inputs, logits_BTV, labels_BT), None
+            return self._cached(inputs, logits_BTV), None
         outputs = self._run(inputs, logits_BTV)
         logits_NV = logits_of(outputs).flatten(0, 1).to(logits_BTV.device)
         return self._top(logits_NV) if self._options.top_k else FullTargets(logits_NV), outputs
@@ -88,7 +84,7 @@ class TeacherTargets:
         logits_NV = logits_NV[:, : self._options.num_tokens]
         return TopTargets.of(logits_NV, k=self._options.top_k, temperature=self._options.temperature)
 
-    def _cached(self, inputs: Mapping[str, object], logits_BTV: Tensor, labels_BT: Tensor) -> TopTargets:
+    def _cached(self, inputs: Mapping[str, object], logits_BTV: Tensor) -> TopTargets:
         passages = Passages.of(inputs)
         cache = self.cache or self._open(logits_BTV.shape[-1])
         targets = cache.get(passages, device=logits_BTV.device)
@@ -96,11 +92,6 @@ class TeacherTargets:
             outputs = self._run(inputs, logits_BTV)
             targets = self._top(logits_of(outputs).flatten(0, 1).to(logits_BTV.device))
             cache.put(passages, targets)
-        if passages.num_tokens != len(passages.positions_M):
-            is_padding_N = torch.ones(passages.num_tokens, dtype=torch.bool)
-            is_padding_N[passages.positions_M] = False
-            if bool(((labels_BT.flatten() != IGNORED).cpu() & is_padding_N).any()):
-                raise ValueError("labels count at padding, for which no logits are stored; set them to -100 there")
         return targets
 
     def _open(self, num_logits: int) -> LogitCache:

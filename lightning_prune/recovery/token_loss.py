@@ -7,7 +7,7 @@ Source: divergence and temperature, arXiv 2407.14679, section 3, and arXiv 1503.
     cross-entropy, arXiv 2407.20584, "Knowledge distillation".
 Top-k targets: everything but the teacher's k likeliest tokens is one outcome, for the student as well. That is a
     divergence over k + 1 outcomes, and by the data-processing inequality never above the full one.
-Limits: the gradient of the gradient does not exist.
+Limits: one backward pass per loss; the gradient of the gradient does not exist.
 
 Shapes: N tokens, V vocabulary, k likeliest tokens, K = k + 1 outcomes.
 """
@@ -105,7 +105,7 @@ class TokenLoss:
         """
         if isinstance(targets, FullTargets):
             check_vocabulary(logits_NV.shape[-1], targets.logits_NV.shape[-1], self.num_tokens)
-        total, kd, ce = _Sum.apply(logits_NV, targets, labels_N, self)  # type: ignore[no-untyped-call]
+        total, kd, ce = _Sum.apply(logits_NV, targets, labels_N, self)
         return total, kd, ce
 
 
@@ -156,17 +156,21 @@ class _Sum(torch.autograd.Function):
             num_compared = chunk_NV.shape[1]
             grad_NV[rows, :num_compared] = chunk_NV.masked_fill_(out_N[:, None], 0.0)
             grad_NV[rows, num_compared:] = 0.0
-        ctx.save_for_backward(grad_NV)
+        ctx.grad_NV = grad_NV
         ctx.mark_non_differentiable(kd, ce)
         ctx.set_materialize_grads(False)
         return options.scale * kd + options.ce_weight * ce, kd, ce
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, None, None, None]:
-        (grad_NV,) = ctx.saved_tensors
-        # A number on the host multiplies in the gradient's own dtype; a float32 tensor of no dimensions does too.
-        return (None if grad is None else grad_NV * grad), None, None, None
+        if grad is None:
+            return None, None, None, None
+        # Scaled in place, which saves a second tensor of the size of the logits.
+        grad_NV, ctx.grad_NV = ctx.grad_NV, None
+        if grad_NV is None:
+            raise ValueError("the gradient of a distillation loss can be taken once; leave out retain_graph=True")
+        return grad_NV.mul_(grad), None, None, None
 
 
 def _chunk(
