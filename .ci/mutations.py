@@ -387,6 +387,41 @@ MUTATIONS = (
         "pass",
         "tests/test_existing_zeros.py -k zeros_stay",
     ),
+    Mutation(
+        "a resume with other steps goes on with the curve so far",
+        f"{RECOVERY}/learning_rate.py",
+        'self.curve = stretched(Curve.from_dict(state_dict["curve"]), self.options, step, end)',
+        "self.curve = planned(self.options, end)",
+        f"{RECOVERY_TESTS}/test_learning_rate.py",
+    ),
+    Mutation(
+        "in evaluation a distillation's loss is the ordinary one",
+        f"{RECOVERY}/distill.py",
+        "if self._model.training and torch.is_grad_enabled():",
+        "if True:",
+        f"{RECOVERY_TESTS}/test_distill.py tests/integrations/test_distill_in_trainers.py",
+    ),
+    Mutation(
+        "a teacher runs in its own dtype",
+        f"{RECOVERY}/teacher.py",
+        "torch.no_grad(), torch.autocast(device.type, enabled=False):",
+        "torch.no_grad():",
+        f"{RECOVERY_TESTS}/test_teacher.py",
+    ),
+    Mutation(
+        "a refit leaves zeros zero",
+        f"{CORE}/solvers/masked_least_squares.py",
+        "(weight_OI + change_OI).masked_fill_(~mask_OI, 0)",
+        "weight_OI + change_OI",
+        "tests/solvers/test_masked_least_squares.py",
+    ),
+    Mutation(
+        "a gap within its noise has no share",
+        f"{RECOVERY}/gap.py",
+        "if damage <= noise or damage == 0:",
+        "if damage == 0:",
+        f"{RECOVERY_TESTS}/test_gap.py",
+    ),
 )
 
 
