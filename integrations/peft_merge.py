@@ -17,8 +17,11 @@ from lightning_prune.export.folder import check_free, new_folder
 from lightning_prune.integrations.peft_layers import GuardedLoraLinear, MaskedLoraLinear, keep_of
 from lightning_prune.integrations.peft_lora import MASKS_NAME, lora_layers
 from lightning_prune.recovery.low_rank import effective_weight
+from lightning_prune.report import measure
+from lightning_prune.targets import Targets
+from lightning_prune.types import Report
 
-__all__ = ["check_merge", "export_adapter", "merge", "merged_state"]
+__all__ = ["check_merge", "export_adapter", "measure_merged", "merge", "merged_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +105,30 @@ def merged_state(wrapped: PeftModel, state: Mapping[str, Tensor]) -> dict[str, T
             tensor = _merged_weight(inner, layers[inner], tensor, state, adapter)
         result[name.removeprefix("base_model.model.")] = tensor
     return result
+
+
+def measure_merged(base: Any, state: Mapping[str, Tensor], report: Report) -> Report:
+    """Return what a report says of the model in training, counted anew on the merged weights.
+
+    Args:
+        base: gives class and configuration; a Hugging Face model.
+        state: of `merged_state`.
+        report: of the model in training.
+    """
+    with torch.device("meta"):
+        merged: Any = type(base)(base.config)
+    merged.load_state_dict(dict(state), assign=True, strict=False)  # not there: what is tied, and buffers of no state
+    merged.tie_weights()
+    names = {name for name, _ in merged.named_parameters()}
+    # Under Lightning, and under PEFT in it, a target's name begins with the attributes that lead to the model.
+    found = {target.name: next((n for n in _endings(target.name) if n in names), None) for target in report.targets}
+    bindings = Targets(include=tuple(name for name in found.values() if name is not None)).resolve(merged)
+    return measure(merged, bindings, step=report.step, notes=report.notes)
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _merged_weight(name: str, layer: Any, weight: Tensor, state: Mapping[str, Tensor], adapter: str) -> Tensor:

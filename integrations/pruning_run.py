@@ -310,7 +310,10 @@ class PruningRun:
     def _export_whole(self, exported: nn.Module, state: Mapping[str, Tensor], options: Export) -> None:
         assert options.dir is not None
         has_lora = self.recovery is not None and self.recovery.has_lora
-        common: Any = {"state_dict": state, "report": self.report(), "recipe": self.recipe.as_dict()}
+        report = self.report()
+        if has_lora and self.recovery is not None:
+            report = self.recovery.merged_report(exported, state, report)
+        common: Any = {"state_dict": state, "report": report, "recipe": self.recipe.as_dict()}
         if options.format == "huggingface":
             export_huggingface(exported, options.dir, tokenizer=self._tokenizer, merges=has_lora, **common)
         else:

@@ -28,6 +28,7 @@ from lightning_prune.recovery.retrain import Trainable, choose_trainable, count_
 from lightning_prune.recovery.teacher import self_teacher
 from lightning_prune.sparsifier import Sparsifier
 from lightning_prune.targets import Targets
+from lightning_prune.types import Report
 
 __all__ = ["RecoveryRun"]
 
@@ -138,6 +139,11 @@ class RecoveryRun:
         """Return the model below the adapters, and its tensors with the adapters merged."""
         base: nn.Module = wrapped.get_base_model()  # type: ignore[operator]
         return base, _merging().merged_state(wrapped, state)
+
+    def merged_report(self, base: nn.Module, state: Mapping[str, Tensor], report: Report) -> Report:
+        """Return the report as it is of the merged weights."""
+        found: Report = _merging().measure_merged(base, state, report)
+        return found
 
     def _with_lora(self, model: nn.Module) -> nn.Module:
         options, adapters = self.options.lora, _peft()

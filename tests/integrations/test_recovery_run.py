@@ -68,6 +68,12 @@ def test_both_trainers_give_the_same_weights_and_keep_every_zero(way: str, tmp_p
     masks = {name.removeprefix("base_model.model."): keep for name, keep in callback.run.sparsifier.masks.items()}
     assert len(masks) == 14
     assert all(torch.equal(found[name] != 0, keep) for name, keep in masks.items())
+    for out in ("hf", "pl"):
+        note = json.loads((tmp_path / out / "export" / "sparsity.json").read_text())
+        assert note["num_parameters"] == sum(p.numel() for p in found.values())
+        assert note["num_nonzeros"] == sum(int(p.count_nonzero()) for p in found.values())
+        assert {name[name.index("layers.") :] for name in note["targets"]} == {name[len("model.") :] for name in masks}
+        assert set(note["targets"].values()) == {0.5}
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "export")
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
