@@ -25,6 +25,7 @@ from lightning_prune.solvers.greedy_output import GreedyOutput
 from lightning_prune.structured.depth.bypass import SubBlock, bypassed
 from lightning_prune.structured.depth.candidates import part_parameters, unit_parameters
 from lightning_prune.structured.depth.criteria import JensenShannon
+from lightning_prune.structured.depth.fuse import FuseGPT, FuseTraining
 from lightning_prune.structured.depth.methods import SLEB, BlockPruner, FinerCut, RemoveTail, ShortGPT
 from lightning_prune.structured.depth.multipruner import MultiPruner
 from lightning_prune.structured.depth.replace import ReplaceMe
@@ -247,6 +248,7 @@ def peer(importance: str) -> Method:
 ACTIVATION_L2 = Activation(aggregate="l2")
 TRANSACT = Reduction(members="readers", within="transact")
 LS, NONE = "least_squares", "none"
+FUSE = FuseTraining(rank=16, epochs=10, learning_rate=1e-3, coefficient_learning_rate=1e-2)  # as in the recipe
 
 METHODS: dict[str, Method] = {
     "random": width(Random()),
@@ -265,6 +267,7 @@ METHODS: dict[str, Method] = {
     "SLEB": blocks(lambda number: SLEB(stop=Stop(count=number)), is_search=True),
     "RemoveTail": blocks(lambda number: RemoveTail(num_blocks=number)),
     "ReplaceMe": blocks(lambda number: ReplaceMe(num_blocks=number)),
+    "FuseGPT": blocks(lambda number: FuseGPT(num_blocks=number, training=FUSE)),
     "BlockPruner": parts(lambda share: BlockPruner(stop=Stop(parameter_share=share))),
     "FinerCut": parts(
         lambda share: FinerCut(stop=Stop(parameter_share=share), criterion=JensenShannon(keep_logits=True))

@@ -21,7 +21,7 @@ from lightning_prune.structured.discovery.blueprint import Blueprint, Path, leav
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.structure import Structure
 
-__all__ = ["build_smaller", "check_whole", "field_edits"]
+__all__ = ["build_smaller", "check_no_shares", "check_whole", "field_edits", "parameters_on_meta"]
 
 
 def check_whole(model: nn.Module) -> None:
@@ -44,6 +44,19 @@ def check_whole(model: nn.Module) -> None:
         is_weight = isinstance(tensor, nn.Parameter)
         if type(tensor.data) is not Tensor or (is_weight and tensor.ndim > 1 and not tensor.is_floating_point()):
             raise ValueError(f"{name} is quantized ({tensor.dtype}); shrink the model before it is quantized")
+
+
+def check_no_shares(plan: Plan) -> None:
+    """Check that a plan keeps the matrices of all blocks their own.
+
+    Raises:
+        ValueError: naming the first block that is to share.
+    """
+    for share in plan.share:
+        raise ValueError(
+            f"block {share.layer} is to share the matrices of block {share.donor}, which the stock class cannot "
+            "express; export with format per_layer"
+        )
 
 
 def build_smaller(
@@ -78,7 +91,7 @@ def build_smaller(
     parent_name = _parent_names(structure, layers)
     _check_shapes(blueprint, edits, removal, parent_name, structure, layers)
     scales = scale_of(structure.groups, cuts, blueprint.shapes, removal)
-    with _parameters_on_meta():
+    with parameters_on_meta():
         small: nn.Module = blueprint.model_class(blueprint.configuration(edits))
     source = model.state_dict(keep_vars=True)
     carry = _Carrier(source, removal, scales, parent_name, _uses(small, parent_name), consume, share)
@@ -191,6 +204,7 @@ def _layers(structure: Structure, plan: Plan) -> tuple[int, ...] | None:
             "the plan removes attention or MLP of single blocks, which the stock class cannot leave out; export with "
             "per-layer shapes, or remove whole layers"
         )
+    check_no_shares(plan)
     if plan.layers is None:
         return None
     if structure.stack is None:
@@ -236,7 +250,7 @@ def _check_shapes(
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Build modules whose parameters are on the meta device and whose buffers are real."""
     register = nn.Module.register_parameter
 

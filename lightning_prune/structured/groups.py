@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Cut", "Group", "Kind", "Member", "Plan", "Role", "zeroed"]
+__all__ = ["Cut", "Fit", "Group", "Kind", "Member", "Plan", "Role", "Share", "zeroed"]
 
 Kind = Literal["ffn", "heads", "kv_groups", "hidden", "experts", "channels"]
 Role = Literal["out", "in", "vector", "norm"]
+Fit = Literal["moments", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,20 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A block that computes with the matrices of another one, the donor, and differences of a rank.
+
+    `fit` says what the scale and shift of its update restore: `moments` the mean and spread of the original block's,
+    `least_squares` its values as nearly as they can.
+    """
+
+    layer: int
+    donor: int
+    rank: int
+    fit: Fit = "moments"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is kept of a model; plain values, so that it can be stored, read and replayed on a fresh parent.
 
@@ -124,21 +139,25 @@ class Plan:
         layers: indices of the blocks that stay, in order; None keeps all.
         skip: (block, "attention" or "mlp") for every sub-block that is removed; block indices are the parent's.
         method: what made the plan, and with which options.
+        share: blocks that give up their own matrices.
     """
 
     cuts: tuple[Cut, ...] = ()
     layers: tuple[int, ...] | None = None
     skip: tuple[tuple[int, str], ...] = ()
     method: Mapping[str, Any] = field(default_factory=dict)
+    share: tuple[Share, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists, ready for JSON."""
+        shares = {"share": [[share.layer, share.donor, share.rank, share.fit] for share in self.share]}
         return {
-            "format": 1,
+            "format": 2 if self.share else 1,  # what reads format 1 alone would keep these blocks as they are
             "method": dict(self.method),
             "cuts": {cut.group: list(cut.keep) for cut in self.cuts},
             "layers": None if self.layers is None else list(self.layers),
             "skip": [list(pair) for pair in self.skip],
+            **(shares if self.share else {}),
         }
 
     @classmethod
@@ -148,13 +167,14 @@ class Plan:
         Raises:
             ValueError: if the format is unknown.
         """
-        if values.get("format") != 1:
-            raise ValueError(f"the plan has format {values.get('format')!r}; this version reads format 1")
+        if values.get("format") not in (1, 2):
+            raise ValueError(f"the plan has format {values.get('format')!r}; this version reads format 1 or 2")
         return cls(
             cuts=tuple(Cut(name, tuple(keep)) for name, keep in values["cuts"].items()),
             layers=None if values["layers"] is None else tuple(values["layers"]),
             skip=tuple((int(layer), str(part)) for layer, part in values["skip"]),
             method=dict(values["method"]),
+            share=tuple(Share(*entry) for entry in values.get("share", ())),
         )
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from lightning_prune.structured.build import build_smaller, check_whole
+from lightning_prune.structured.build import build_smaller, check_no_shares, check_whole
 from lightning_prune.structured.cutting import without_orphans
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.discovery.expert_mask import routed_around
@@ -24,6 +24,7 @@ __all__ = ["masked", "shrink"]
 @contextmanager
 def masked(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]:
     """Simulate a plan on a model: removed units are zero and removed blocks are passed over, until the block ends."""
+    check_no_shares(plan)
     with ExitStack() as changes:
         cuts = tuple(without_orphans(structure.groups, plan.cuts).values())
         changes.enter_context(zeroed(model, structure.groups, cuts))

@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from lightning_prune.structured.depth.fuse import FuseGPT, FuseTraining
 from lightning_prune.structured.depth.replace import ReplaceMe
 from lightning_prune.structured.groups import Group, Kind, Member, Role
 from lightning_prune.structured.structure import Structure
@@ -211,3 +212,18 @@ def replace_on_rank(num_processes: int) -> tuple[list[list[float]], dict[str, An
     batches = padded_batches(8)[rank::num_processes]
     plan = ReplaceMe(num_blocks=1, start=2).plan(model.eval(), structure_of(llama_groups(model)), batches)
     return model.model.layers[1].mlp.down_proj.weight.tolist(), plan.as_dict()
+
+
+def fuse_on_rank(num_processes: int) -> tuple[list[list[float]], dict[str, Any]]:
+    """Fuse a block with one of the two sequences of every batch on each of two processes, or with both on one."""
+    model = tiny_llama(layers=4)
+    shake(model)
+    ids = [token_windows(2, 12, seed=seed) for seed in range(4)]
+    if num_processes > 1:
+        ids = [both[dist.get_rank() :][:1] for both in ids]
+    training = FuseTraining(
+        rank=2, epochs=2, batch_size=len(ids[0]), learning_rate=1e-3, coefficient_learning_rate=1e-2
+    )
+    method = FuseGPT(num_blocks=2, training=training)
+    plan = method.plan(model.eval(), NOTHING, [{"input_ids": one} for one in ids], progress=False)
+    return torch.cat([block.mlp.down_proj.weight for block in model.model.layers]).tolist(), plan.as_dict()

@@ -12,6 +12,7 @@ from lightning_prune import registry
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.random import Random
 from lightning_prune.scorers.wanda import Wanda
+from lightning_prune.structured.depth.fuse import FuseGPT, FuseTraining
 from lightning_prune.structured.depth.methods import SLEB, BlockPruner, FinerCut, RemoveTail, ShortGPT
 from lightning_prune.structured.depth.multipruner import MultiPruner
 from lightning_prune.structured.depth.replace import ReplaceMe
@@ -31,6 +32,7 @@ METHODS: dict[StructuredMethod, tuple[int, int]] = {  # -> layers and feed-forwa
     RemoveTail(num_blocks=2): (2, 48),
     SLEB(stop=Stop(count=1)): (3, 48),
     ReplaceMe(num_blocks=1): (3, 48),
+    FuseGPT(share=0.5, training=FuseTraining(rank=2, epochs=1)): (2, 48),
 }
 
 
@@ -39,6 +41,7 @@ def test_the_room_lists_every_method_with_a_source() -> None:
     known = {
         "BlockPruner",
         "FinerCut",
+        "FuseGPT",
         "MambaShedder",
         "MultiPruner",
         "RemoveTail",
