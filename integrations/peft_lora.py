@@ -16,7 +16,6 @@ from lightning_prune import distributed
 from lightning_prune.integrations.peft_layers import LoraForm, LoraLinear, MaskOf, change_class
 from lightning_prune.integrations.peft_quantized import is_quantized, mask_quantized
 from lightning_prune.masks import unpack
-from lightning_prune.observation import Surrogate
 from lightning_prune.registry import unknown
 from lightning_prune.saved_state import load_file
 from lightning_prune.targets import Targets, is_linear
@@ -30,13 +29,13 @@ except ImportError as error:
 
 __all__ = [
     "MASKS_NAME",
+    "LoraGradients",
     "PeftModel",
     "add_lora",
     "check_config",
     "lora_layers",
     "masks_by_parameter",
     "open_adapter",
-    "surrogate_of",
     "take_over_lora",
 ]
 
@@ -206,31 +205,41 @@ def _is_sparse(weight: Tensor) -> bool:
     return bool((weight == 0).float().mean() > 0.01)
 
 
-def surrogate_of(wrapped: PeftModel) -> Surrogate:
-    """Return a function from a frozen weight to (effective weight, estimate of its gradient) from its LoRA.
+class LoraGradients:
+    """Estimates the gradients of frozen weights from those of the LoRA over them; called with a weight.
 
-    With the gradients dA and dB of the factors the estimate is dB A + B dA - dB dA, shaped like the weight.
+    With the gradients dA and dB of the factors the estimate is dB A + B dA - dB dA.
+
+    Args:
+        wrapped: the model; looked through once.
 
     Source: LoRAPrune, arXiv 2305.18403, the approximated gradient; aim-uofa/LoRAPrune. A ranking heuristic: in the
         first step B and dA are zero.
     """
-    layers = {
-        id(layer.get_base_layer().weight): layer for _, layer in lora_layers(wrapped) if isinstance(layer, LoraLinear)
-    }
-    adapter = wrapped.active_adapter
 
-    def surrogate(parameter: Tensor) -> tuple[Tensor, Tensor] | None:
-        layer = layers.get(id(parameter))
+    def __init__(self, wrapped: PeftModel) -> None:
+        self._adapter = wrapped.active_adapter
+        self._layers = {
+            id(layer.get_base_layer().weight): layer
+            for _, layer in lora_layers(wrapped)
+            if isinstance(layer, LoraLinear)
+        }
+
+    def covers(self, parameter: Tensor) -> bool:
+        """Return whether a weight has a LoRA."""
+        return id(parameter) in self._layers
+
+    def __call__(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (weight with its update, estimate of its gradient), both shaped like the weight."""
+        layer = self._layers.get(id(parameter))
         if layer is None:
             return None
-        down_RI, up_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        down_RI, up_OR = layer.lora_A[self._adapter].weight, layer.lora_B[self._adapter].weight
         if down_RI.grad is None or up_OR.grad is None:
             return None
         grad_OI = up_OR.grad @ down_RI + up_OR @ down_RI.grad - up_OR.grad @ down_RI.grad
         grad = grad_OI.T if layer.fan_in_fan_out else grad_OI
-        return parameter + layer.get_delta_weight(adapter), grad
-
-    return surrogate
+        return parameter + layer.get_delta_weight(self._adapter), grad
 
 
 def masks_by_parameter(model: nn.Module, masks: Mapping[str, Tensor] | MaskOf | None) -> MaskOf:

@@ -58,7 +58,7 @@ def merge(wrapped: PeftModel) -> nn.Module:
     kept = {
         name.removeprefix("base_model.model."): keep_of(layer.get_base_layer().weight, layer.mask_of).clone()
         for name, layer in lora_layers(wrapped)
-        if isinstance(layer, GuardedLoraLinear | MaskedLoraLinear)
+        if isinstance(layer, MaskedLoraLinear)  # over a weight that is not sparse, single zeros are chance
     }
     before = sum(int(keep.sum()) for keep in kept.values())
     model: nn.Module = wrapped.merge_and_unload(safe_merge=True)
@@ -70,9 +70,9 @@ def merge(wrapped: PeftModel) -> nn.Module:
         if bool(weight[~keep].any()):
             raise RuntimeError(f"merging filled zeros of {name}; please report it with the model and the recipe")
     total = sum(keep.numel() for keep in kept.values())
-    distributed.log(
-        logger, logging.INFO, "merged: density %.4f before, %.4f after", before / max(1, total), after / max(1, total)
-    )
+    if total:
+        shares = before / total, after / total
+        distributed.log(logger, logging.INFO, "merged: density %.4f before, %.4f after", *shares)
     return model
 
 

@@ -8,7 +8,7 @@ import importlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ class RecoveryRun:
             with torch.random.fork_rng():  # the same start in every trainer and on every rank
                 torch.manual_seed(self.recipe.seed)
                 wrapped = adapters.add_lora(model, form=options.form, config=config, masks=held, modules_to_save=saved)
-        self.sparsifier.surrogate = adapters.surrogate_of(wrapped)
+        self.sparsifier.surrogate = adapters.LoraGradients(wrapped)
         if self._merges:
             _merging().check_merge(wrapped)
         return wrapped
@@ -267,12 +267,14 @@ class RecoveryRun:
         began = time.monotonic()
         loss = None
         if self._eval_batches is not None:
-            batches = list(itertools.islice(self._eval_batches(), _HELD_OUT_BATCHES))
-            if batches and all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches):
-                mean, count = measure_loss(_inner(model), batches)
+            try:
+                mean, count = measure_loss(_inner(model), self._held_out(), max_batches=_HELD_OUT_BATCHES)
+            except ValueError as error:
+                distributed.log(logger, logging.WARNING, "no held-out loss for the recovery report: %s", error)
+            else:
                 total, num_tokens = distributed.sum_everywhere(torch.tensor([mean * count, count])).tolist()
-                nats = total / num_tokens
-                loss = HeldOutLoss(nats=nats, num_tokens=int(num_tokens), data="the trainer's evaluation data")
+                data = "the trainer's evaluation data"
+                loss = HeldOutLoss(nats=total / num_tokens, num_tokens=int(num_tokens), data=data)
         self.moments[moment] = Measurement(loss=loss, results=dict(results))
         if self._since is not None:
             self._since += time.monotonic() - began
@@ -285,6 +287,13 @@ class RecoveryRun:
         report = self.report()
         distributed.log(logger, logging.INFO, "recovery: %s", report.sentence())
         return report
+
+    def _held_out(self) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the trainer's evaluation batches as far as the model can be called with them."""
+        assert self._eval_batches is not None
+        yield from itertools.takewhile(
+            lambda batch: isinstance(batch, Mapping) and "input_ids" in batch, self._eval_batches()
+        )
 
     def _elapsed(self) -> float:
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)

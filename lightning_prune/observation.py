@@ -1,7 +1,7 @@
 """The statistics of one recipe over all targets: made, fed, read, reset."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Observation", "Surrogate"]
 
-# Returns (weight, gradient) in place of a frozen target's own, shaped like it; None where there is none.
-Surrogate = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+
+class Surrogate(Protocol):
+    """What stands in for the gradients of frozen targets, such as those of a LoRA over them."""
+
+    def covers(self, parameter: Tensor) -> bool:
+        """Return whether there will be something for this parameter."""
+        ...
+
+    def __call__(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (weight, gradient) shaped like the parameter, after a backward pass; None if it has not seen one."""
+        ...
 
 
 class Observation:
@@ -58,8 +67,10 @@ class Observation:
         Raises:
             ValueError: naming the first.
         """
-        frozen = [binding.name for binding in self.bindings if not binding.parameter.requires_grad]
-        if self.has_steps and frozen and self.surrogate is None:
+        stands_in = (lambda parameter: False) if self.surrogate is None else self.surrogate.covers
+        rest = [b for b in self.bindings if not b.parameter.requires_grad]
+        frozen = [binding.name for binding in rest if not stands_in(binding.parameter)]
+        if self.has_steps and frozen:
             raise ValueError(
                 f"{type(self.scorer).__name__} needs gradients, but {frozen[0]} is frozen ({len(frozen)} targets in "
                 "all); unfreeze it, exclude it, or use Magnitude or Wanda"

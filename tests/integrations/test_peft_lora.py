@@ -138,6 +138,16 @@ def test_plain_lora_on_a_dense_model_is_pefts_own() -> None:
     assert torch.equal(logits(ours.merge_and_unload()), logits(theirs.merge_and_unload()))
 
 
+def test_a_single_zero_of_a_dense_weight_is_no_mask() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight")[0, 0] = 0.0
+    wrapped = add_lora(model, form="plain", config={"r": 4})
+    train(wrapped)
+    trained = logits(wrapped)
+    torch.testing.assert_close(logits(merge(wrapped)), trained, rtol=0, atol=1e-5)
+
+
 def test_bfloat16_weights_are_merged_in_float32() -> None:
     model, masks = pruned()
     model.to(torch.bfloat16)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_prune import Once, Sparsifier
 from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.integrations.peft_lora import add_lora, surrogate_of
+from lightning_prune.integrations.peft_lora import LoraGradients, add_lora
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer, loader
 from tests.loops import BATCH, NUM_STEPS
 from tests.tiny_models import tiny_llama
@@ -174,11 +174,20 @@ def test_the_stand_in_for_a_frozen_weights_gradient_is_that_of_loraprune() -> No
     wrapped(input_ids=ids, labels=ids).loss.backward()
     layer: Any = wrapped.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    found = surrogate_of(wrapped)(layer.base_layer.weight)
+    found = LoraGradients(wrapped)(layer.base_layer.weight)
     assert found is not None
     weight, grad = found
     torch.testing.assert_close(weight, layer.base_layer.weight + 8.0 * up @ down)  # alpha 32 over r 4
     torch.testing.assert_close(grad, up.grad @ down + up @ down.grad - up.grad @ down.grad)
+
+
+def test_a_scorer_that_needs_gradients_needs_a_lora_on_every_target(tmp_path: Path) -> None:
+    prune = PRUNE | {"scorer": "Taylor", "schedule": {"class_path": "Once", "init_args": {"sparsity": 0.5, "at": 2}}}
+    content = recipe({"lora": {"config": {"r": 4, "target_modules": ["q_proj"]}}}, tmp_path, prune=prune)
+    with pytest.raises(
+        ValueError, match=r"Taylor needs gradients, but .*k_proj.weight is frozen \(12 targets in all\)"
+    ):
+        with_transformers(content, tmp_path)
 
 
 @pytest.mark.parametrize(
