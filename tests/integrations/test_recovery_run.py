@@ -81,6 +81,13 @@ def test_both_trainers_give_the_same_weights_and_keep_every_zero(way: str, tmp_p
         torch.testing.assert_close(exported(input_ids=ids).logits, wanted, rtol=0, atol=1e-5)
 
 
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    way = WAYS["all at once"]
+    with_transformers(recipe(way, tmp_path / "kept"), tmp_path / "kept")
+    with_transformers(recipe(way, tmp_path / "again"), tmp_path / "again", activation_checkpointing=True)
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
+
+
 @pytest.mark.parametrize("way", ["scaled, norms", "all at once"])
 def test_resume_is_exact_in_transformers(way: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4}
