@@ -254,7 +254,14 @@ def masks_by_parameter(model: nn.Module, masks: Mapping[str, Tensor] | MaskOf | 
         return masks
     bindings = Targets(include=tuple(masks)).resolve(model) if masks else []
     held = {id(binding.parameter): masks[binding.name] for binding in bindings}
-    return lambda parameter: held.get(id(parameter))
+
+    def mask_of(parameter: Tensor) -> Tensor | None:
+        mask = held.get(id(parameter))
+        if mask is not None and mask.device != parameter.device:  # the model was moved since
+            mask = held[id(parameter)] = mask.to(parameter.device)
+        return mask
+
+    return mask_of
 
 
 def _default_modules(model: nn.Module) -> list[str]:

@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from lightning_prune import NM, Once, Sparsifier, Unstructured
 from lightning_prune.integrations.peft_layers import LoraForm
-from lightning_prune.integrations.peft_lora import add_lora, check_config, lora_layers, open_adapter, take_over_lora
+from lightning_prune.integrations.peft_lora import (
+    add_lora,
+    check_config,
+    lora_layers,
+    open_adapter,
+    take_over_lora,
+)
 from lightning_prune.integrations.peft_merge import check_merge, export_adapter, merge, merged_state
 from tests.structured.families import build
 
@@ -282,3 +288,23 @@ def test_gradient_checkpointing_and_copies_work() -> None:
     twin.enable_input_require_grads()
     twin.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     assert train(wrapped.train()) == pytest.approx(train(twin.train()), abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_an_accelerator_gives_what_the_processor_gives(form: LoraForm) -> None:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        pytest.skip("needs an accelerator")
+    found = {}
+    for place in ("cpu", device.type):
+        model, masks = pruned()
+        torch.manual_seed(0)
+        wrapped = add_lora(model, form=form, config={"r": 4}, masks=masks).to(place)
+        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+        wrapped(input_ids=IDS.to(place), labels=IDS.to(place)).loss.backward()
+        optimizer.step()
+        merged = merge(wrapped).cpu()
+        assert zeros_are_masks(merged.named_parameters(), masks)
+        found[place] = logits(merged)
+    torch.testing.assert_close(found["cpu"], found[device.type], rtol=0, atol=1e-4)
