@@ -109,7 +109,7 @@ class Bench:
             "num_parameters": num_parameters,
             "trained_share": round(found.num_trained / num_parameters, 5),
             "learning_rate": RATES.get(method.rate),
-            "tokens": self.num_steps * TRAIN_ROWS * TRAIN_LENGTH if found.num_trained else 0,
+            "tokens": self.num_steps * TRAIN_ROWS * TRAIN_LENGTH * (1 + method.corrects) if found.num_trained else 0,
             "seconds": round(found.seconds, 1),
             "adapters": "beside" if is_beside else "merged" if found.difference is not None else "none",
             "largest_change_of_logits_by_merging": found.difference,

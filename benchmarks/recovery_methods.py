@@ -34,6 +34,7 @@ LORA = {"r": RANK, "lora_alpha": 2 * RANK}
 SHARE = 0.30
 WARM_UP = 0.1
 FINAL_RATE = 0.1
+CORRECTION_RATE = 1e-4  # that of full fine-tuning
 Batch = Mapping[str, Tensor]
 
 
@@ -115,6 +116,7 @@ class Method:
         parts: of the model, trained by themselves or beside the adapters; none is trained if this and `lora` are empty.
         lora: form of the adapters; where the base has no zeros `masked` becomes `plain`.
         distill: what the dense parent teaches; None trains on the text alone.
+        corrects: whether the teacher is first trained on the same batches, which doubles the tokens.
         refit: whether the kept weights are refitted first.
         only_masked: whether it needs zeros.
     """
@@ -123,6 +125,7 @@ class Method:
     parts: tuple[Part, ...] = ()
     lora: LoraForm | None = None
     distill: Distill | None = None
+    corrects: bool = False
     refit: bool = False
     only_masked: bool = False
 
@@ -137,7 +140,11 @@ class Method:
         num_trained = 0
         if trained is not None:
             num_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-            distiller = None if self.distill is None else Distiller(self.distill, teacher=base.dense)
+            teacher = base.dense
+            if self.corrects:
+                teacher = copy.deepcopy(base.dense)
+                fit(teacher, batches, CORRECTION_RATE, holds_zeros=False)
+            distiller = None if self.distill is None else Distiller(self.distill, teacher=teacher)
             if distiller is not None:
                 distiller.attach(model, replace_loss=True)
             fit(trained, batches, rate, holds_zeros=bool(base.masks) and "all" in self.parts)
@@ -218,6 +225,7 @@ METHODS: dict[str, Method] = {
     "PERP norms, head": Method(rate="head", parts=("norms", "head")),
     "distillation": Method(rate="distillation", parts=ALL, distill=Distill()),
     "distillation, KL + CE": Method(rate="KL + CE", parts=ALL, distill=Distill(ce_weight=1.0)),
+    "distillation, corrected teacher": Method(rate="distillation", parts=ALL, distill=Distill(), corrects=True),
     "reconstruction": Method(refit=True, only_masked=True),
     "reconstruction, then MaskLoRA": Method(rate="MaskLoRA", lora="masked", refit=True, only_masked=True),
     "reconstruction, then full": Method(rate="full", parts=ALL, refit=True, only_masked=True),
