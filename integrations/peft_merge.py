@@ -160,12 +160,15 @@ def _num_zeros(keep: Tensor) -> int:
     return keep.numel() - int(keep.sum())
 
 
-def export_adapter(wrapped: PeftModel, out_dir: str, *, tokenizer: Any = None) -> Path:
+def export_adapter(
+    wrapped: PeftModel, out_dir: str, *, state: Mapping[str, Tensor] | None = None, tokenizer: Any = None
+) -> Path:
     """Write the adapter alone into a new folder, and beside it the masks it was trained with, one bit per weight.
 
     Args:
         wrapped: the trained model.
         out_dir: a folder that does not exist yet or is empty.
+        state: its whole state, for a model that is sharded.
         tokenizer: anything with `save_pretrained`, or None.
 
     Returns:
@@ -175,13 +178,15 @@ def export_adapter(wrapped: PeftModel, out_dir: str, *, tokenizer: Any = None) -
         ValueError: if the folder is not empty.
     """
     check_free(out_dir)
-    held = {
-        f"{name.removeprefix('base_model.model.')}.weight": keep_of(layer.get_base_layer().weight, layer.mask_of)
-        for name, layer in lora_layers(wrapped)
-        if isinstance(layer, MaskedLoraLinear)
-    }
+    tensors = wrapped.state_dict() if state is None else state
+    held = {}
+    for name, layer in lora_layers(wrapped):
+        if isinstance(layer, MaskedLoraLinear):
+            mask = layer.mask_of(layer.get_base_layer().weight)
+            keep = tensors[f"{name}.base_layer.weight"] != 0 if mask is None else mask
+            held[f"{name.removeprefix('base_model.model.')}.weight"] = keep
     with new_folder(out_dir) as folder:
-        wrapped.save_pretrained(str(folder))
+        wrapped.save_pretrained(str(folder), state_dict=dict(tensors))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if held:

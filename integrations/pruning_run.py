@@ -298,7 +298,7 @@ class PruningRun:
         if not distributed.is_first_rank():
             return
         if options.format == "adapter" and self.recovery is not None:
-            self.recovery.export_adapter(exported, options.dir, tokenizer=self._tokenizer)
+            self.recovery.export_adapter(exported, options.dir, state=state, tokenizer=self._tokenizer)
             return
         if has_lora and self.recovery is not None:
             exported, state = self.recovery.merged(exported, state)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import distributed
+from lightning_prune import Once, Sparsifier, distributed
 from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.integrations.peft_lora import open_adapter
+from lightning_prune.integrations.peft_merge import merge
 from lightning_prune.targets import find_blocks
 from tests.integrations.test_parallel_trainers import Way, accelerate_shards_on_cpu, assert_same, own_loader
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer
@@ -49,8 +51,8 @@ def trained(model: nn.Module, tokens: int) -> tuple[dict[str, Tensor], int]:
     return {name[name.index("layers.") :]: tensor.clone() for name, tensor in state.items() if "lora_" in name}, tokens
 
 
-def run_lightning(way: Way, folder: Path) -> tuple[dict[str, Tensor], int]:
-    callback = LightningCallback(SOURCE | {"export": {"format": "huggingface", "dir": str(folder)}})
+def run_lightning(way: Way, folder: Path, form: str = "huggingface") -> tuple[dict[str, Tensor], int]:
+    callback = LightningCallback(SOURCE | {"export": {"format": form, "dir": str(folder)}})
     module = (TinyModule if way == "ddp" else ShardedModule)(tiny_llama())
     strategy = DDPStrategy() if way == "ddp" else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     trainer = lightning_trainer([callback], strategy=strategy, devices=2, use_distributed_sampler=False)
@@ -90,3 +92,14 @@ def test_trainers_and_ranks_agree(ranks: Processes, tmp_path: Path, way: Way) ->
     for name in weights:
         torch.testing.assert_close(weights[name], same_weights[name], rtol=0, atol=1e-6)
     assert tokens == same_tokens
+
+
+@pytest.mark.slow
+def test_the_adapter_of_a_sharded_model_is_written_whole(ranks: Processes, tmp_path: Path) -> None:
+    ranks.run(run_lightning, "fsdp", tmp_path / "merged")
+    ranks.run(run_lightning, "fsdp", tmp_path / "adapter", "adapter")
+    pruned = tiny_llama()
+    Sparsifier(schedule=Once(sparsity=0.5)).prune_once(pruned, progress=False)
+    opened = merge(open_adapter(pruned, tmp_path / "adapter")).state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict().items():
+        torch.testing.assert_close(opened[name], weight, rtol=0, atol=1e-6)
