@@ -272,7 +272,7 @@ class RecoveryRun:
             except ValueError as error:
                 distributed.log(logger, logging.WARNING, "no held-out loss for the recovery report: %s", error)
             else:
-                total, num_tokens = distributed.sum_everywhere(torch.tensor([mean * count, count])).tolist()
+                total, num_tokens = self._sum([mean * count, count])
                 data = "the trainer's evaluation data"
                 loss = HeldOutLoss(nats=total / num_tokens, num_tokens=int(num_tokens), data=data)
         self.moments[moment] = Measurement(loss=loss, results=dict(results))
@@ -282,11 +282,17 @@ class RecoveryRun:
     def finish(self) -> RecoveryReport:
         """Let go of the model and return the report; collective."""
         self.stop()
-        self._num_tokens = int(distributed.sum_everywhere(torch.as_tensor(self._num_tokens)))
+        self._num_tokens = int(self._sum([float(self._num_tokens)])[0])
         self._seconds, self._since = self._elapsed(), None
         report = self.report()
         distributed.log(logger, logging.INFO, "recovery: %s", report.sentence())
         return report
+
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Sum numbers over all processes, on the device of the masks: NCCL takes no tensor of the processor."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.sparsifier.device)
+        summed: list[float] = distributed.sum_everywhere(tensor).tolist()
+        return summed
 
     def _held_out(self) -> Iterator[Mapping[str, Tensor]]:
         """Yield the trainer's evaluation batches as far as the model can be called with them."""
