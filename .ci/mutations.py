@@ -2,15 +2,16 @@
 
 Run:  python .ci/mutations.py [WORD ...]    (only the mutations whose promise contains a word)
 Each entry names the promise, the file, the code that keeps it, its replacement, and the tests that must then fail.
+The entries of single rooms stand in `mutations_<room>.py` beside this file, each as its MUTATIONS.
 The files are put back afterwards, also after an interruption.
 """
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 from mutation import Mutation
-from mutations_recovery import RECOVERY_MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -307,8 +308,13 @@ MUTATIONS = (
         "pass",
         "tests/integrations/test_gradual_shrink.py -k lightning",
     ),
-    *RECOVERY_MUTATIONS,
 )
+
+
+def all_mutations() -> list[Mutation]:
+    """Return the entries here and of all rooms."""
+    rooms = sorted(path.stem for path in Path(__file__).parent.glob("mutations_*.py"))
+    return [*MUTATIONS, *(entry for room in rooms for entry in importlib.import_module(room).MUTATIONS)]
 
 
 def survives(mutation: Mutation) -> bool:
@@ -328,7 +334,7 @@ def survives(mutation: Mutation) -> bool:
 def main() -> int:
     """Try every mutation and return how many survived."""
     words = sys.argv[1:]
-    chosen = [m for m in MUTATIONS if not words or any(word in m.promise for word in words)]
+    chosen = [m for m in all_mutations() if not words or any(word in m.promise for word in words)]
     num_survived = 0
     for mutation in chosen:
         survived = survives(mutation)

@@ -4,7 +4,7 @@ from mutation import Mutation
 
 CORE, ADAPTERS = "lightning_prune", "integrations"
 RECOVERY, RECOVERY_TESTS = "lightning_prune/recovery", "tests/recovery"
-RECOVERY_MUTATIONS = (
+MUTATIONS = (
     Mutation(
         "a low-rank update stays inside the mask",
         f"{RECOVERY}/low_rank.py",
