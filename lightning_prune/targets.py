@@ -18,6 +18,7 @@ from lightning_prune.types import Target
 __all__ = ["Binding", "Targets", "clean_name", "find_blocks", "is_linear"]
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
+_Candidate = tuple[list[str], Tensor, list[nn.Module]]
 _ROUTERS = ("*router*", "*.gate.weight", "*.gate.wg.weight")
 
 
@@ -33,13 +34,21 @@ def clean_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Binding:
-    """A target's parameter, found by name in the model as it is now, and how to read it as a matrix."""
+    """A target's parameter, found by name in the model as it is now, and how to read it as a matrix.
+
+    `modules` are all that hold the parameter under any name, each once: a tied weight has several.
+    """
 
     name: str
     parameter: Tensor
-    module: nn.Module
+    modules: tuple[nn.Module, ...]
     is_transposed: bool
     is_convolution: bool
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the first module that holds the parameter."""
+        return self.modules[0]
 
     @property
     def shape_OI(self) -> tuple[int, int]:
@@ -120,10 +129,10 @@ class Targets:
                 )
         automatic = set() if self.include else _default_names(model, candidates)
         bindings = []
-        for aliases, parameter, module in candidates:
+        for aliases, parameter, modules in candidates:
             wanted = automatic.intersection(aliases) or any(_matches(name, self.include) for name in aliases)
             if wanted and not any(_matches(name, self.exclude) for name in aliases):
-                bindings.append(_bind(aliases[0], parameter, module))
+                bindings.append(_bind(aliases[0], parameter, tuple(modules)))
         if not bindings:
             raise ValueError(
                 "no weight is left to prune; name targets with include patterns, for example "
@@ -136,13 +145,16 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[list[str], Tensor, nn.Module]]:
-    """Yield (all clean names, parameter, owner) of every parameter of two dimensions and more, tied ones once."""
-    found: dict[int, tuple[list[str], Tensor, nn.Module]] = {}
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    """Yield (all clean names, parameter, all owners) of every parameter of two dimensions and more, tied ones once."""
+    found: dict[int, _Candidate] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False):
             if parameter.ndim >= 2 and not _is_adapter(leaf, prefix):
-                found.setdefault(id(parameter), ([], parameter, module))[0].append(clean_name(leaf))
+                names, _, owners = found.setdefault(id(parameter), ([], parameter, []))
+                names.append(clean_name(leaf))
+                if all(owner is not module for owner in owners):
+                    owners.append(module)
     yield from found.values()
 
 
@@ -162,7 +174,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, _linear_types())
 
 
-def _default_names(model: nn.Module, candidates: list[tuple[list[str], Tensor, nn.Module]]) -> set[str]:
+def _default_names(model: nn.Module, candidates: list[_Candidate]) -> set[str]:
     linear = _linear_types()
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
@@ -171,7 +183,7 @@ def _default_names(model: nn.Module, candidates: list[tuple[list[str], Tensor, n
     def names(*, inside: bool, kinds: tuple[type[nn.Module], ...]) -> set[str]:
         return {
             aliases[0]
-            for aliases, parameter, module in candidates
+            for aliases, parameter, (module, *_) in candidates
             if (isinstance(module, kinds) or (inside and parameter.ndim == 3 and not isinstance(module, _ConvNd)))
             and (id(module) in blocks or not inside)
             and module is not head
@@ -199,7 +211,8 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _bind(name: str, parameter: Tensor, module: nn.Module) -> Binding:
+def _bind(name: str, parameter: Tensor, modules: tuple[nn.Module, ...]) -> Binding:
+    module = modules[0]
     plain = distributed.local(parameter.detach())
     if plain.is_meta:
         raise ValueError(f"target {name} is on the meta device and has no values; load the weights before attaching")
@@ -211,4 +224,4 @@ def _bind(name: str, parameter: Tensor, module: nn.Module) -> Binding:
     convolution = isinstance(module, _ConvNd)
     conv1d = isinstance(module, _linear_types()) and not isinstance(module, nn.Linear)
     transposed = conv1d or (parameter.ndim > 2 and bool(getattr(module, "is_transposed", False)))
-    return Binding(name, parameter, module, is_transposed=transposed, is_convolution=convolution)
+    return Binding(name, parameter, modules, is_transposed=transposed, is_convolution=convolution)

@@ -137,6 +137,15 @@ def test_a_tied_weight_has_two_names_and_is_found_once_by_either() -> None:
     ]
 
 
+def test_a_target_knows_every_module_that_holds_it() -> None:
+    tied = tiny_llama(tied=True)
+    binding = bound(tied, "lm_head.weight")
+    assert binding.modules == (tied.model.embed_tokens, tied.lm_head)
+    assert binding.module is tied.model.embed_tokens
+    layer = nn.Linear(4, 4)
+    assert bound(nn.Sequential(layer, layer, nn.Linear(4, 4)), "1.weight").modules == (layer,)
+
+
 def test_adapters_are_left_out() -> None:
     model = tiny_mlp()
     model[0].lora_A = nn.Linear(8, 2, bias=False)

@@ -14,7 +14,7 @@ from lightning_prune.types import Allocation
 def ranking(scores: Mapping[str, Tensor], allocation: Allocation) -> Decision:
     """Return a decision over one weight per name whose magnitudes are these scores."""
     bindings = [
-        Binding(name, nn.Parameter(score.clone()), nn.Identity(), False, False) for name, score in scores.items()
+        Binding(name, nn.Parameter(score.clone()), (nn.Identity(),), False, False) for name, score in scores.items()
     ]
     return Decision(
         bindings=bindings,

@@ -65,7 +65,7 @@ def bind_weight(model: nn.Module, name: str) -> Binding:
     """Return how a weight of any number of dimensions is found in its model and read as a matrix."""
     module = model.get_submodule(name.rpartition(".")[0])
     is_transposed = is_linear(module) and not isinstance(module, nn.Linear)
-    return Binding(name, model.get_parameter(name), module, is_transposed=is_transposed, is_convolution=False)
+    return Binding(name, model.get_parameter(name), (module,), is_transposed=is_transposed, is_convolution=False)
 
 
 def feed(
