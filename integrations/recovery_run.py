@@ -290,7 +290,8 @@ class RecoveryRun:
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over all processes, on the device of the masks: NCCL takes no tensor of the processor."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.sparsifier.device)
+        device = next((mask.device for mask in self.sparsifier.masks.values()), None)
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
         summed: list[float] = distributed.sum_everywhere(tensor).tolist()
         return summed
 
