@@ -47,6 +47,7 @@ FLOORS: dict[str, float] = {
     "report_tables": 2,
     "saved_state": 2,
     "structured.groups": 1,
+    "structured.undo": 1,
     "structured.discovery.blueprint": 2,
     "structured.discovery.expert_mask": 2,
     "structured.cutting": 2,

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune import distributed
+from lightning_prune import distributed, hooks
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Group, Kind, Plan
 from lightning_prune.structured.in_place import cut_in_place
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.budgets import chosen, uniform
 from lightning_prune.structured.width.unit_scores import Reduction, unit_scores
 from lightning_prune.types import Schedule
@@ -83,9 +84,12 @@ class GradualShrink:
             return False
         config: Any = model.config
         first = _counted(structure.of_kind(self.kind)) | dict(getattr(config, "cut_from", None) or {})
-        cut_in_place(model, plan, optimizers, wrapper=wrapper, structure=structure)
-        config = model.config
-        config.cut_from = first
+        stepped = list(optimizers)
+        inner = [hooks.unwrap_optimizer(optimizer) for optimizer in stepped]
+        with undone_on_error(model if wrapper is None else wrapper, inner):
+            cut_in_place(model, plan, stepped, wrapper=wrapper, structure=structure)
+            config = model.config
+            config.cut_from = first
         distributed.log(logger, logging.INFO, "step %d: cut %s, %.4g of %s are gone", step, self.kind, sparsity, first)
         return True
 
@@ -133,13 +137,16 @@ def fit_to_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kind:
         step = group.num_units // group.num_parts
         keep = tuple(part * step + unit for part in range(group.num_parts) for unit in range(size))
         cuts.append(Cut(group.key, keep))
-    cut_in_place(model, Plan(cuts=tuple(cuts)))
-    config: Any = model.config
-    config.cut_from = _counted(groups)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-    odd = [name for name, shape in own.items() if shapes.get(name, shape) != shape]
-    if odd:
-        raise ValueError(f"the checkpoint has {odd[0]} of shape {shapes[odd[0]]}, which cutting {kind} does not give")
+    with undone_on_error(model):
+        cut_in_place(model, Plan(cuts=tuple(cuts)))
+        config: Any = model.config
+        config.cut_from = _counted(groups)
+        own = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+        odd = [name for name, shape in own.items() if shapes.get(name, shape) != shape]
+        if odd:
+            raise ValueError(
+                f"the checkpoint has {odd[0]} of shape {shapes[odd[0]]}, which cutting {kind} does not give"
+            )
 
 
 def _counted(groups: Sequence[Group]) -> dict[str, int]:

@@ -11,7 +11,7 @@ Limits: one process, or DistributedDataParallel, whose communication is built an
     that are scaled to make up for a norm over fewer residual channels keep the moments they had.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.shrink import shrink
-from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.structure import Stack, Structure
+from lightning_prune.structured.undo import undone_on_error
 
 __all__ = ["cut_in_place"]
 
@@ -50,8 +51,8 @@ def cut_in_place(
         inputs: a small batch of keyword arguments of its forward, see `shrink`.
 
     Raises:
-        ValueError: if the plan does not fit the model, or its tensors or its optimizers' state cannot be cut; nothing
-            was changed.
+        ValueError: if the plan does not fit the model, or its tensors or its optimizers' state cannot be cut. After
+            this and any other error or interruption model, optimizers and wrapper are as they were.
     """
     check_whole(model)
     inner = [hooks.unwrap_optimizer(optimizer) for optimizer in optimizers]
@@ -63,16 +64,22 @@ def cut_in_place(
     small = shrink(model, plan, structure=structure, inputs=inputs)
     own = {id(tensor) for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values())}
     replaced = _replacements(model, small, structure, plan)
-    if plan.layers is not None and structure.stack is not None:
-        for container in structure.stack.containers:
-            blocks = model.get_submodule(container)
-            kept = [blocks.get_submodule(str(layer)) for layer in plan.layers]
-            blocks._modules = {str(idx): block for idx, block in enumerate(kept)}
-    _become(model, small)
-    for optimizer in inner:
-        _repoint(optimizer, own, replaced, removal)
-    if wrapper is not None:
-        distributed.rebuild(wrapper)
+    with undone_on_error(model if wrapper is None else wrapper, inner):
+        if plan.layers is not None and structure.stack is not None:
+            _leave_blocks(model, structure.stack, plan.layers)
+        _become(model, small)
+        for optimizer in inner:
+            _repoint(optimizer, own, replaced, removal)
+        if wrapper is not None:
+            distributed.rebuild(wrapper)
+
+
+def _leave_blocks(model: nn.Module, stack: Stack, layers: Sequence[int]) -> None:
+    """Take the other blocks out of their lists."""
+    for container in stack.containers:
+        blocks = model.get_submodule(container)
+        kept = [blocks.get_submodule(str(layer)) for layer in layers]
+        blocks._modules = {str(idx): block for idx, block in enumerate(kept)}
 
 
 def _replacements(

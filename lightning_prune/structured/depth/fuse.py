@@ -9,7 +9,7 @@ Source: FuseGPT, arXiv 2411.14507 (JarvisPei/FuseGPT). Differences: the mean squ
     a divergence over the batch; the block is rated on the model as fused so far.
 Cost: per block one pass per candidate over the first batches, one pass over all of them, and `epochs` forward and
     backward passes of the group. Held meanwhile: two hidden states per token on the CPU, in the dtype of the model,
-    and what `fusing` says.
+    and what `fusing` says; and copies in main memory of the weights before they were fused.
 Limits: blocks of one kind with linear layers of equal shapes; stacked experts, hybrids and tied blocks are refused.
     ReplaceMe reaches much of the gain without training: measure against it.
 
@@ -38,6 +38,7 @@ from lightning_prune.structured.depth.planning import check_no_state_file, check
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import Undo, undone_on_error
 from lightning_prune.targets import find_blocks
 
 __all__ = ["FuseGPT", "FuseTraining", "macro_influence", "neighbours"]
@@ -168,7 +169,7 @@ class FuseGPT(StructuredMethod):
         """Fuse blocks into their neighbours in place, and return the plan that removes them.
 
         Args:
-            model: nothing is changed before all checks have passed.
+            model: as it was after an error or an interruption.
             structure: which blocks may go.
             batches: calibration data; `attention_mask` leaves out padding. Under several processes each brings equally
                 many sequences of its own, and gradients are averaged.
@@ -179,6 +180,20 @@ class FuseGPT(StructuredMethod):
             ValueError: if the options or the model do not fit.
         """
         number = self._check(model, state_file)
+        with undone_on_error(model) as undo:
+            return self._plan(model, structure, batches, number, undo, progress=progress)
+
+    def _plan(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Batch],
+        number: int,
+        undo: Undo,
+        *,
+        progress: bool,
+    ) -> Plan:
+        """Fuse so many blocks."""
         parts = _split(batches, self.training.batch_size, next(model.parameters()).device)
         found: dict[str, list[object]] = {"order": [], "influence": [], "groups": [], "losses": []}
         removed: list[int] = []
@@ -190,7 +205,7 @@ class FuseGPT(StructuredMethod):
                 layer = candidates[min(range(len(values)), key=values.__getitem__)]
                 group = neighbours(live, layer, self.group_size)
                 with bypassed(model, (), layers=removed):
-                    losses = self._fuse(model, layer, group, parts, fusion=len(removed), progress=progress)
+                    losses = self._fuse(model, layer, group, parts, undo, fusion=len(removed), progress=progress)
                 removed.append(layer)
                 for key, value in zip(found, (layer, values, group, losses), strict=True):
                     found[key].append(value)
@@ -217,7 +232,15 @@ class FuseGPT(StructuredMethod):
         return number
 
     def _fuse(
-        self, model: nn.Module, layer: int, group: list[int], parts: Sequence[Batch], *, fusion: int, progress: bool
+        self,
+        model: nn.Module,
+        layer: int,
+        group: list[int],
+        parts: Sequence[Batch],
+        undo: Undo,
+        *,
+        fusion: int,
+        progress: bool,
     ) -> list[float]:
         """Fuse one block into its group, and return the mean loss of every epoch."""
         blocks = find_blocks(model)
@@ -231,6 +254,8 @@ class FuseGPT(StructuredMethod):
         }
         losses = self._train(runs, recordings, title=f"fusing block {layer}", fusion=fusion, progress=progress)
         for run in runs.values():
+            for parameter in run.written:
+                undo.keep(parameter)
             run.merge_()
         return losses
 

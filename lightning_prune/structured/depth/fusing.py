@@ -150,6 +150,12 @@ class FusedBlock:
         """Run the block with its fused weights."""
         return functional_call(self.block, self.tensors(), args, kwargs)
 
+    @property
+    def written(self) -> list[Tensor]:
+        """Return the parameters of the block that `merge_` writes."""
+        own = dict(self.block.named_parameters())
+        return [own[name] for name in (*self.norms, *(f"{name}.weight" for name in self.factors))]
+
     @torch.no_grad()
     def merge_(self) -> None:
         """Write the fused weights into the block."""

@@ -22,6 +22,7 @@ from lightning_prune.structured.depth.search import (
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.method import Batch, StateFile
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.targets import find_blocks
 
 __all__ = ["check_no_state_file", "check_number", "describe", "make_plan", "removable", "run_search", "unprotected"]
@@ -101,17 +102,18 @@ def run_search(
     """Search greedily on a model; the state file is bound to its weights, the batches, the criterion and `detail`."""
     device = next(model.parameters()).device
     prints = (fingerprint_model(model), fingerprint_batches(batches, device)) if state_file is not None else ()
-    return greedy_search(
-        criterion.prepare(model, batches),
-        candidates,
-        stop,
-        already=already,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        state_file=state_file,
-        fingerprint=" ".join((*prints, repr(criterion), detail)).strip(),
-        device=device,
-        progress=progress,
-    )
+    with undone_on_error(model):
+        return greedy_search(
+            criterion.prepare(model, batches),
+            candidates,
+            stop,
+            already=already,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            state_file=state_file,
+            fingerprint=" ".join((*prints, repr(criterion), detail)).strip(),
+            device=device,
+            progress=progress,
+        )
 
 
 def check_no_state_file(method: object, state_file: StateFile) -> None:

@@ -28,6 +28,7 @@ from lightning_prune.structured.depth.planning import check_no_state_file, check
 from lightning_prune.structured.groups import Group, Plan
 from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.targets import find_blocks, is_linear
 
 __all__ = ["ReplaceMe", "fit_map", "merge_map", "output_projection"]
@@ -203,7 +204,7 @@ class ReplaceMe(StructuredMethod):
         """Change the projection before the run in place, and return the plan that removes the run.
 
         Args:
-            model: nothing is changed before all checks have passed.
+            model: as it was after an error or an interruption.
             structure: its feed-forward groups name the projections.
             batches: calibration data; `attention_mask` leaves out padding.
             state_file: must be None.
@@ -232,7 +233,10 @@ class ReplaceMe(StructuredMethod):
                 f"give at least {MIN_TOKENS_PER_CHANNEL * width}, better {32 * width}"
             )
         map_DD = fit_map(moments.gram_DD, moments.cross_DD, ridge=self.ridge)
-        merge_map(projection, map_DD)
         found = {"start": start, "distances": distances, "unexplained": moments.unexplained(map_DD)}
         layers = range(start, start + self.num_blocks)
-        return make_plan(self, model, structure, batches, layers=layers, found=found)
+        with undone_on_error(model) as undo:
+            for parameter in projection.parameters(recurse=False):
+                undo.keep(parameter)
+            merge_map(projection, map_DD)
+            return make_plan(self, model, structure, batches, layers=layers, found=found)

@@ -34,6 +34,7 @@ from lightning_prune.structured.depth.shared_block import SharedLinear, UpdateNo
 from lightning_prune.structured.groups import Fit, Plan, Share
 from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import Undo, undone_on_error
 from lightning_prune.targets import find_blocks
 
 __all__ = [
@@ -117,9 +118,10 @@ def share_blocks(model: nn.Module, shares: Sequence[Share], *, width: int) -> No
     check_shares(model, shares)
     factors = [shared_factors(model, share) for share in shares]
     blocks = find_blocks(model)
-    for share, found in zip(shares, factors, strict=True):
-        share_block(blocks[share.layer], blocks[share.donor], share.rank, width=width, names=list(found))
-        set_factors(blocks[share.layer], found)
+    with undone_on_error(model):
+        for share, found in zip(shares, factors, strict=True):
+            share_block(blocks[share.layer], blocks[share.donor], share.rank, width=width, names=list(found))
+            set_factors(blocks[share.layer], found)
 
 
 @torch.no_grad()
@@ -205,14 +207,21 @@ def normalise_updates(shared: nn.Module, dense: nn.Module, shares: Sequence[Shar
         shares: of the shared model.
         batches: calibration data; `attention_mask` leaves out padding.
     """
-    for share in sorted(shares, key=lambda share: share.layer):
-        norm = find_blocks(shared)[share.layer].update_norm
-        assert isinstance(norm, UpdateNorm)
-        norm.scale.fill_(1)
-        norm.shift.fill_(0)
-        scale_D, shift_D = _moments(shared, dense, batches, share.layer).affine(share.fit)
-        norm.scale.copy_(scale_D)
-        norm.shift.copy_(shift_D)
+    with undone_on_error(shared) as undo:
+        for share in sorted(shares, key=lambda share: share.layer):
+            _normalise_update(shared, dense, share, batches, undo)
+
+
+def _normalise_update(shared: nn.Module, dense: nn.Module, share: Share, batches: Sequence[Batch], undo: Undo) -> None:
+    norm = find_blocks(shared)[share.layer].update_norm
+    assert isinstance(norm, UpdateNorm)
+    undo.keep(norm.scale)
+    undo.keep(norm.shift)
+    norm.scale.fill_(1)
+    norm.shift.fill_(0)
+    scale_D, shift_D = _moments(shared, dense, batches, share.layer).affine(share.fit)
+    norm.scale.copy_(scale_D)
+    norm.shift.copy_(shift_D)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ input come from blocks and sub-blocks that are already cut. The shapes stay; `sh
 
 Source: the order and the repair are those of weight subcloning and LIAR, arXiv 2407.13331, with targets from the cut
     model, which were better than targets from the dense one in our measurement; scores see the scorers.
-Cost: one forward pass of a block per group in it, and one more for the next block; a Gram matrix of one layer.
+Cost: one forward pass of a block per group in it, and one more for the next block; a Gram matrix of one layer; until
+    the end, copies in main memory of what was zeroed and refitted, to go back to after an error.
 Limits: whole tensors, no shards; statistics of inputs are merged over ranks, but gradients are not: with Taylor give
     every rank the same batches. Query heads or key/value groups, not both.
 
@@ -25,6 +26,7 @@ from lightning_prune.observation import Observation
 from lightning_prune.oneshot import CurrentBatch, gradients, token_labels
 from lightning_prune.solvers.greedy_output import GreedyOutput, greedy_units, output_energy
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan
+from lightning_prune.structured.undo import Undo, undone_on_error
 from lightning_prune.structured.width import budgets
 from lightning_prune.structured.width.options import Chooser, Compensate, WidthOptions, bind, fingerprint, selected
 from lightning_prune.structured.width.repair import refit, write_columns_, zero_units_
@@ -75,20 +77,28 @@ def prune_width(
         The plan; its `method` holds all options and the fingerprint of the calibration tokens.
 
     Raises:
-        ValueError: if options contradict each other, a group cannot be treated, or batches are missing; where a later
-            block gets too few calibration tokens, the blocks before it are cut by then.
+        ValueError: if options contradict each other, a group cannot be treated, or batches are missing or too few.
+            After this and any other error or interruption the model is as it was.
     """
     options = WidthOptions(scorer, dict(sparsity), compensate, multiple_of, budget, reduction, damping, seed)
-    return _Width(model, groups, batches, options, progress).run()
+    with undone_on_error(model) as undo:
+        return _Width(model, groups, batches, options, undo, progress).run()
 
 
 class _Width:
     """One pass over a model."""
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], options: WidthOptions, progress: bool
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        batches: Sequence[Batch],
+        options: WidthOptions,
+        undo: Undo,
+        progress: bool,
     ) -> None:
         self.model, self.batches, self.options, self.progress = model, batches, options, progress
+        self.undo = undo
         self.groups = selected(groups, options)
         self.bindings = bind(model, self.groups, options)
         self.tensors = model.state_dict(keep_vars=True)
@@ -335,9 +345,9 @@ class _Width:
             binding = self.bindings[member.name]
             keep_K = [column for column in range(binding.shape_OI[1]) if column not in gone]
             repaired.append((binding, keep_K, refit(binding, readings[member.name], keep_K, self.options)))
-        zero_units_(self.tensors, group, removed)
+        zero_units_(self.tensors, group, removed, self.undo)
         for binding, keep_K, (weight_OK, bias_O) in repaired:
-            write_columns_(binding, keep_K, weight_OK, bias_O)
+            write_columns_(binding, keep_K, weight_OK, bias_O, self.undo)
         return keep
 
     def _choose(self, group: Group, readings: Readings) -> tuple[int, ...]:

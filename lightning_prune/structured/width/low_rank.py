@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_prune import distributed
 from lightning_prune.calibration import Batch
 from lightning_prune.statistics.gram import Gram
+from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.reader_repair import feed
 from lightning_prune.targets import Binding, Targets, find_blocks, is_linear
 
@@ -149,7 +150,7 @@ def reduce_rank_(
     batches: Sequence[Batch] = (),
     progress: bool = True,
 ) -> list[RankReport]:
-    """Lower the rank of weights in place and report what it did; on an error nothing is changed.
+    """Lower the rank of weights in place and report what it did; after an error the model is as it was.
 
     Args:
         model: whole tensors, unwrapped.
@@ -175,9 +176,11 @@ def reduce_rank_(
         left, right = _Parts(weight, gram_II if basis == "output" else None).at(rank)
         report = _report(binding, weight, left @ right, rank, gram_II)
         new.append((binding, left @ right, report))
-    for binding, matrices, _ in new:
-        if matrices is not None:
-            _write(binding, matrices)
+    with undone_on_error(model) as undo:
+        for binding, matrices, _ in new:
+            if matrices is not None:
+                undo.keep(binding.parameter)
+                _write(binding, matrices)
     return [report for _, _, report in new]
 
 

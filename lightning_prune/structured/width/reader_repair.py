@@ -23,6 +23,7 @@ from lightning_prune.statistics.gram import Gram
 from lightning_prune.structured.cutting import removal_of, without_orphans
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.targets import Binding, is_linear
 
 __all__ = ["bind_weight", "feed", "lost_columns", "match_spread_", "refit_readers_"]
@@ -190,8 +191,10 @@ def match_spread_(
     for binding, _ in spreads:
         if not 0 < factors[binding.name] < float("inf"):
             raise ValueError(f"the outputs of {binding.name} do not vary over the batches; leave out the rescaling")
-    for binding, _ in spreads:
-        binding.parameter.data.mul_(factors[binding.name])
+    with undone_on_error(small) as undo:
+        for binding, _ in spreads:
+            undo.keep(binding.parameter)
+            binding.parameter.data.mul_(factors[binding.name])
     return factors
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_prune.solvers.least_squares import default_damping, least_squares, least_squares_with_bias, mean_bias
 from lightning_prune.structured.groups import Group
+from lightning_prune.structured.undo import Undo
 from lightning_prune.structured.width.options import WidthOptions
 from lightning_prune.targets import Binding
 
@@ -19,20 +20,23 @@ __all__ = ["refit", "write_columns_", "zero_units_"]
 
 
 @torch.no_grad()
-def zero_units_(tensors: Mapping[str, Tensor], group: Group, units: Sequence[int]) -> None:
+def zero_units_(tensors: Mapping[str, Tensor], group: Group, units: Sequence[int], undo: Undo) -> None:
     """Set the slices of some units to zero in all members of a group.
 
     Args:
         tensors: parameters and buffers by name; changed in place.
         group: whose units they are.
         units: which.
+        undo: notes them before.
     """
     for member in group.members:
         data = tensors[member.name].data
         dim = member.dim
         if member.expert is not None:
             data, dim = data[member.expert], dim - 1
-        data.index_fill_(dim, member.positions(units).to(data.device), 0)
+        positions = member.positions(units).to(data.device)
+        undo.keep(data, dim, positions)
+        data.index_fill_(dim, positions, 0)
 
 
 def refit(
@@ -67,11 +71,13 @@ def refit(
 
 
 @torch.no_grad()
-def write_columns_(binding: Binding, keep: Sequence[int], weight_OK: Tensor, bias_O: Tensor | None) -> None:
+def write_columns_(binding: Binding, keep: Sequence[int], weight_OK: Tensor, bias_O: Tensor | None, undo: Undo) -> None:
     """Write columns and bias into a projection, in its own dtype; the other columns become zero."""
+    undo.keep(binding.parameter)
     weight_OI = torch.zeros(binding.shape_OI, dtype=weight_OK.dtype, device=weight_OK.device)
     weight_OI[:, torch.as_tensor(keep, device=weight_OK.device)] = weight_OK
     binding.parameter.data.copy_(binding.from_matrix(weight_OI))
     if bias_O is not None:
         assert isinstance(binding.module.bias, Tensor)
+        undo.keep(binding.module.bias)
         binding.module.bias.data.copy_(bias_O)

@@ -15,7 +15,7 @@ Shapes: T tokens, D residual channels.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +30,7 @@ from lightning_prune.structured.discovery.probe import difference, outputs, prob
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure
+from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.norm_readers import norm_of_readers
 from lightning_prune.structured.width.options import fingerprint
 from lightning_prune.structured.width.reader_repair import bind_weight, feed
@@ -150,17 +151,30 @@ def rotate(model: nn.Module, group: Group, norms: Mapping[str, str], rotation_DD
     Raises:
         ValueError: if a vector along the stream is not in a place where it is added to it.
     """
+    with undone_on_error(model) as undo:
+        _rotate_(model, group, norms, rotation_DD, undo.keep)
+
+
+def _rotate_(
+    model: nn.Module,
+    group: Group,
+    norms: Mapping[str, str],
+    rotation_DD: Tensor,
+    keep: Callable[[Tensor], None] = lambda data: None,
+) -> None:
+    """Rotate in place; `keep` is told each tensor before it is overwritten."""
     tensors = model.state_dict(keep_vars=True)
     members = {member.name: member for member in group.members if member.role == "norm"}
     weights = {name: tensors[name].data.double() + members[name].offset for name in members}
     rotation_DD = rotation_DD.to(next(iter(weights.values())))
     for member in group.members:
         data = tensors[member.name].data
+        if member.role == "vector" and not member.name.endswith("bias"):
+            raise ValueError(f"{member.name} acts on channels one by one, which does not commute with a rotation")
+        keep(data)
         if member.role == "norm":
             data.fill_(1 - member.offset)
             continue
-        if member.role == "vector" and not member.name.endswith("bias"):
-            raise ValueError(f"{member.name} acts on channels one by one, which does not commute with a rotation")
         whole = data.double().movedim(member.dim, -1)
         if member.role == "in" and member.name in norms:
             whole = whole * weights[norms[member.name]]
@@ -197,7 +211,8 @@ def _rotated(
     """
     copy = build_smaller(model, structure, Plan())
     was_tied = _untie(copy)
-    rotate(copy, group, norms, rotation_DD)
+    with torch.no_grad():
+        _rotate_(copy, group, norms, rotation_DD)
     expected = outputs(model, inputs)
     gap = difference(outputs(copy, inputs), expected)
     tolerance = _TOLERANCE if expected.dtype.itemsize >= 4 else _TOLERANCE_HALF

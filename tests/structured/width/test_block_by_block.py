@@ -24,6 +24,7 @@ from lightning_prune.structured.width.options import fingerprint
 from lightning_prune.structured.width.unit_scores import Reduction
 from tests.processes import Processes
 from tests.structured.llama_groups import llama_groups
+from tests.structured.unchanged import unchanged_since
 from tests.tiny_models import tiny_family, tiny_llama, token_windows
 
 
@@ -322,6 +323,33 @@ def test_what_cannot_be_done_is_refused_before_anything_changes(options: dict[st
     with pytest.raises(ValueError, match=message):
         prune(model, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_later_block_with_too_few_tokens_leaves_no_trace_in_the_earlier(dtype: torch.dtype) -> None:
+    model = tiny_llama(layers=3).to(dtype)
+    is_as_before = unchanged_since(model)
+    with pytest.raises(ValueError, match="keeps 36 inputs and saw 64 calibration tokens"):  # the heads were refitted
+        prune(model, sparsity={"heads": 0.5, "ffn": 0.25}, batches=calibration(num=1))
+    assert is_as_before()
+
+
+@pytest.mark.parametrize("scorer", [Wanda(), Taylor()], ids=repr)
+def test_an_interruption_in_a_late_block_leaves_no_trace(scorer: Any) -> None:
+    model = tiny_llama(layers=3)
+    model(input_ids=token_windows(2, 6), labels=token_windows(2, 6)).loss.backward()
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    is_as_before = unchanged_since(model)
+
+    def stop(module: nn.Module, args: tuple[object, ...]) -> None:
+        if not model.model.layers[0].mlp.down_proj.weight.all():  # the first block is cut
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, sparsity={"heads": 0.5, "ffn": 0.25}, scorer=scorer)
+    handle.remove()
+    assert is_as_before()
 
 
 def test_groups_that_share_columns_are_refused() -> None:
