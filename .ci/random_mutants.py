@@ -1,0 +1,241 @@
+"""Change the library at random places and count how often a test notices.
+
+Run:  python .ci/random_mutants.py [--num 100] [--seed N] [--jobs 2] [--out FILE.json]
+
+A mutant is one change of the syntax tree of one file: a comparison turned (`<` to `<=`, `==` to `!=`, `is` to
+`is not`, `in` to `not in`), a sign turned (`+` to `-`, a minus dropped), a call whose result is not used dropped, or a
+`raise` dropped. It is tried in a copy of the checkout, against the tests that mirror its file and those that import it.
+Without `--seed` one is drawn and printed. What survives is shown as a difference, to be read by a person: a change that
+alters nothing is no gap in the tests.
+"""
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from difflib import unified_diff
+from functools import cache
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("lightning_prune", "integrations", "recipes", "tests", "benchmarks", "pyproject.toml", "README.md", ".ci")
+TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+LOGGING = re.compile(r"(^|\.)(logger|log|warn|warning|debug|info|set_description|set_postfix)\b")
+TIMEOUT_S = 420
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change, where it stands, and what became of it."""
+
+    file: str
+    line: int
+    kind: str
+    difference: str
+    outcome: str = ""
+    seconds: float = 0.0
+
+
+def is_left_out(node: ast.AST) -> bool:
+    """Return whether a node is no behaviour: assertions about our own mistakes, and imports for type checkers."""
+    return isinstance(node, ast.Assert) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+
+
+def places(node: ast.AST, path: tuple[tuple[str, int], ...] = ()) -> Iterator[tuple[tuple[tuple[str, int], ...], str]]:
+    """Yield (path in the tree, kind of change) of everything below a node that can be changed."""
+    for field, value in ast.iter_fields(node):
+        children = value if isinstance(value, list) else [value]
+        for index, child in enumerate(children):
+            if not isinstance(child, ast.AST) or is_left_out(child):
+                continue
+            here = (*path, (field, index if isinstance(value, list) else -1))
+            kind = kind_of(child)
+            if kind is not None:
+                yield here, kind
+            if not isinstance(child, ast.Raise):  # the words of a message are not behaviour
+                yield from places(child, here)
+
+
+def kind_of(node: ast.AST) -> str | None:
+    """Return what can be changed about a node."""
+    match node:
+        case ast.Compare(ops=[op]) if type(op) in TURNED:
+            return "comparison"
+        case ast.BinOp(op=ast.Add() | ast.Sub(), left=left) if not isinstance(left, ast.Constant | ast.JoinedStr):
+            return "sign"
+        case ast.UnaryOp(op=ast.USub()):
+            return "sign"
+        case ast.Expr(value=ast.Call(func=func)) if not LOGGING.search(ast.unparse(func)):
+            return "dropped call"
+        case ast.Raise():
+            return "dropped raise"
+    return None
+
+
+def changed(node: ast.AST) -> ast.AST:
+    """Return a node after its change."""
+    match node:
+        case ast.Compare(ops=[op]):
+            node.ops = [TURNED[type(op)]()]
+            return node
+        case ast.BinOp(op=op):
+            node.op = ast.Sub() if isinstance(op, ast.Add) else ast.Add()
+            return node
+        case ast.UnaryOp(operand=operand):
+            return operand
+        case _:
+            return ast.Pass()
+
+
+def mutated(tree: ast.Module, path: tuple[tuple[str, int], ...]) -> tuple[str, int]:
+    """Return the source of a tree with the node at a path changed, and its line."""
+    tree = copy.deepcopy(tree)
+    node: ast.AST = tree
+    for field, index in path[:-1]:
+        value = getattr(node, field)
+        node = value if index < 0 else value[index]
+    field, index = path[-1]
+    value = getattr(node, field)
+    old = value if index < 0 else value[index]
+    line = old.lineno
+    if index < 0:
+        setattr(node, field, changed(old))
+    else:
+        value[index] = changed(old)
+    return ast.unparse(ast.fix_missing_locations(tree)), line
+
+
+@cache
+def test_texts() -> dict[Path, str]:
+    """Return the text of every test file."""
+    return {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+
+
+def tests_of(file: Path) -> list[str]:
+    """Return the tests that mirror a file, then those that import it."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    inner = parts[1:] if parts[0] == "lightning_prune" else parts
+    mirror = ROOT.joinpath("tests", *inner[:-1], f"test_{inner[-1]}.py")
+    dotted = ".".join(("lightning_prune", *inner))
+    package, _, leaf = dotted.rpartition(".")
+    says = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(package)} import [^\n]*\b{leaf}\b")
+    found = [path for path, text in test_texts().items() if path != mirror and says.search(text)]
+    sibling = [path for path in test_texts() if path.stem.startswith(f"test_{inner[-1]}_")]
+    chosen = dict.fromkeys([*([mirror] if mirror.exists() else []), *sibling, *found])
+    return [str(path.relative_to(ROOT)) for path in chosen]
+
+
+def draw(num: int, seed: int) -> list[tuple[Path, ast.Module, tuple[tuple[str, int], ...], str]]:
+    """Draw places at random: a file first, so that long files do not take all, then a kind in it, then a place."""
+    rng = random.Random(seed)
+    files = [*sorted((ROOT / "lightning_prune").rglob("*.py")), *sorted((ROOT / "integrations").rglob("*.py"))]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    found = {path: list(places(tree)) for path, tree in trees.items() if tests_of(path)}
+    found = {path: spots for path, spots in found.items() if spots}
+    drawn: dict[
+        tuple[Path, tuple[tuple[str, int], ...]], tuple[Path, ast.Module, tuple[tuple[str, int], ...], str]
+    ] = {}
+    while len(drawn) < num:
+        path = rng.choice(list(found))
+        kind = rng.choice(sorted({kind for _, kind in found[path]}))
+        spot = rng.choice([spot for spot, its in found[path] if its == kind])
+        drawn[path, spot] = (path, trees[path], spot, kind)
+    return list(drawn.values())
+
+
+def fresh_copy(folder: Path) -> Path:
+    """Copy what the tests need of the checkout."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def run_tests(folder: Path, tests: list[str]) -> tuple[str, float]:
+    """Run tests in a copy; return 'noticed', 'SURVIVED' or 'noticed (time)', and the seconds."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False, timeout=TIMEOUT_S)
+        outcome = "SURVIVED" if done.returncode == 0 else "noticed"
+    except subprocess.TimeoutExpired:
+        outcome = "noticed (time)"
+    return outcome, time.monotonic() - began
+
+
+def try_mutant(
+    file: Path, tree: ast.Module, spot: tuple[tuple[str, int], ...], kind: str, copies: "Queue[Path]"
+) -> Mutant:
+    """Put a change into a free copy, run the tests, take it back."""
+    name = file.relative_to(ROOT)
+    before = ast.unparse(tree)
+    after, line = mutated(tree, spot)
+    difference = "\n".join(unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2))
+    folder = copies.get()
+    try:
+        (folder / name).write_text(after, encoding="utf-8")
+        outcome, seconds = run_tests(folder, tests_of(file))
+    finally:
+        shutil.copy2(file, folder / name)
+        copies.put(folder)
+    mutant = Mutant(str(name), line, kind, difference, outcome, round(seconds, 1))
+    print(f"{outcome:14} {seconds:6.1f} s  {name}:{line}  {kind}", flush=True)
+    return mutant
+
+
+def main() -> int:
+    """Try the mutants and print those that no test notices."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
+    chosen = draw(options.num, seed)
+    print(f"{len(chosen)} mutants of {len({file for file, *_ in chosen})} files, seed {seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mutants_") as place:
+        copies: Queue[Path] = Queue()
+        for number in range(options.jobs):
+            copies.put(fresh_copy(Path(place, str(number))))
+        with ThreadPoolExecutor(options.jobs) as pool:
+            mutants = list(pool.map(lambda drawn: try_mutant(*drawn, copies), chosen))
+    survived = [mutant for mutant in mutants if mutant.outcome == "SURVIVED"]
+    for mutant in survived:
+        print(f"\n{mutant.file}:{mutant.line} ({mutant.kind})\n{mutant.difference}")
+    print(f"\n{len(mutants) - len(survived)} of {len(mutants)} noticed, seed {seed}")
+    if options.out is not None:
+        result = {"seed": seed, "num": len(mutants), "mutants": [asdict(mutant) for mutant in mutants]}
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return len(survived)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 100))
