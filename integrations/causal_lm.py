@@ -12,8 +12,9 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from lightning_prune.integrations.hf_open import open_model, predicts_next_token
 from lightning_prune.integrations.muon_adamw import MuonAdamW
 from lightning_prune.integrations.text_data import TextData
 
@@ -66,6 +67,21 @@ def learning_rate_factor(step: int, *, warmup: int, total: int, decay: Literal["
     return 1.0 - progress if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def _opened(name: str) -> PreTrainedModel:
+    """Open a causal language model.
+
+    Raises:
+        ValueError: if it cannot be opened, or is another kind of model.
+    """
+    model = open_model(name)
+    if not predicts_next_token(model):
+        raise ValueError(
+            f"{name} is a {type(model).__name__}, which does not predict the next token; CausalLM trains causal "
+            "language models"
+        )
+    return model
+
+
 class CausalLM(LightningModule):
     """Next-token training with warm-up and decay over the whole training.
 
@@ -94,7 +110,7 @@ class CausalLM(LightningModule):
         super().__init__()
         if model is not None and size is not None:
             raise ValueError(f"size has no effect on the model loaded from {model!r}; give model or size, not both")
-        self.model = (size or LlamaSize()).build() if model is None else AutoModelForCausalLM.from_pretrained(model)
+        self.model = (size or LlamaSize()).build() if model is None else _opened(model)
         self.model.train()  # from_pretrained gives evaluation mode
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

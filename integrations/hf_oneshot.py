@@ -1,4 +1,4 @@
-"""Open a Hugging Face causal language model, prune it once from calibration text, and write it again.
+"""Open a Hugging Face model, prune it once from calibration text, and write it again as the class it was.
 
 Shapes: N sequences, T tokens of each.
 """
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_prune.export.dense import export_dense
 from lightning_prune.export.folder import PLAN_NAME, check_free
 from lightning_prune.export.huggingface import export_huggingface
+from lightning_prune.integrations.hf_calibration import check_text_fits, text_batches
+from lightning_prune.integrations.hf_open import load_model
 from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.recipe import Export, Recipe
@@ -25,7 +27,6 @@ from lightning_prune.targets import Targets
 from lightning_prune.types import Report
 
 __all__ = [
-    "calibration_batches",
     "calibration_windows",
     "export_model",
     "load_model",
@@ -80,9 +81,10 @@ def run_oneshot(
     network, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     batches: list[dict[str, Tensor]] = []
     if needs_text:
+        check_text_fits(network, "recover.reconstruct" if recipe.prune is None else recipe.prune.scorer)
         length = sequence_length or longest_sequence(network)
         windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
-        batches = calibration_batches(windows_NT, batch_size=batch_size, device=network.device)
+        batches = text_batches(network, windows_NT, batch_size=batch_size)
     report = run.prune_once(network, batches, tokenizer=tokenizer, parent=parent)
     logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
     return report
@@ -125,45 +127,6 @@ def _parent(recipe: Recipe, *, device: str, trust_remote_code: bool) -> PreTrain
     )
 
 
-def load_model(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
-    """Open a causal language model and its tokenizer, the tokenizer None where there is none.
-
-    Args:
-        name: a model folder or a hub id.
-        device: a torch device, or `auto` for an accelerator if there is one.
-        trust_remote_code: whether to run a modelling file that comes with the model.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
-    folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{name} is no model folder: it holds no config.json")
-    if not folder.exists() and name.startswith((".", "/", "~")):
-        raise ValueError(f"there is no model folder {name}; name a folder with a config.json, or a hub id")
-    source = str(folder) if folder.exists() else name
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{name} comes with a modelling file of its own; look at it, and give --trust_remote_code to run it"
-        ) from error
-    except OSError as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot open the model {name!r}: {first}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        logger.warning("%s has no tokenizer", name)
-        tokenizer = None
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
-    return model.to(device).eval(), tokenizer
-
-
 def calibration_windows(tokenizer: Any, texts: Iterable[str], *, num_sequences: int, sequence_length: int) -> Tensor:
     """Tokenise documents one after the other and cut the tokens into windows.
 
@@ -187,11 +150,6 @@ def calibration_windows(tokenizer: Any, texts: Iterable[str], *, num_sequences: 
         f"the calibration text gives {len(ids)} tokens, {num_sequences} sequences of {sequence_length} need {wanted}; "
         f"give more text, or --num_sequences {len(ids) // sequence_length}, or a shorter --sequence_length"
     )
-
-
-def calibration_batches(ids_NT: Tensor, *, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return batches for `model(**batch)`, labels included for methods that need a gradient."""
-    return [{"input_ids": ids.to(device), "labels": ids.to(device)} for ids in ids_NT.split(batch_size)]
 
 
 def export_model(name: str, out: str, *, form: str, trust_remote_code: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Open a Hugging Face causal language model, make it smaller at once, and write it again.
+"""Open a Hugging Face model, make it smaller at once, and write it again as the class it was.
 
 Found, planned and cut in memory; the folder appears when everything is in it. Where the text has no part in the
 choice and the model has no tokenizer, the loss is not measured.
@@ -14,24 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_prune.calibration import evaluating
 from lightning_prune.export.folder import PLAN_NAME, check_free
 from lightning_prune.export.huggingface import export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note, read_plan
-from lightning_prune.integrations.hf_oneshot import (
-    calibration_batches,
-    calibration_windows,
-    load_model,
-    longest_sequence,
-)
+from lightning_prune.integrations.hf_calibration import check_text_fits, text_batches
+from lightning_prune.integrations.hf_oneshot import calibration_windows, longest_sequence
+from lightning_prune.integrations.hf_open import load_model, predicts_next_token
 from lightning_prune.integrations.per_layer_export import export_per_layer
 from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.recipe import Recipe
 from lightning_prune.structured.depth.criteria import model_logits, next_token_targets, sequence_losses, token_mean
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan
+from lightning_prune.structured.method import StructuredMethod
 from lightning_prune.structured.overview import overview, refusals
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure
@@ -66,7 +64,7 @@ class Text:
         length = self.sequence_length or longest_sequence(model)
         texts = [document.text for document in read_documents(self.data)]
         windows_NT = calibration_windows(tokenizer, texts, num_sequences=self.num_sequences, sequence_length=length)
-        return calibration_batches(windows_NT, batch_size=self.batch_size, device=model.device)
+        return text_batches(model, windows_NT, batch_size=self.batch_size)
 
 
 def run_shrink(
@@ -100,7 +98,7 @@ def run_shrink(
     method = None if recipe.shrink is None else recipe.shrink.method
     if method is None:
         raise ValueError(f"recipe {recipe.name} has no shrink.method; it masks, and hf_oneshot.run_oneshot runs it")
-    job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), needs_batches=method.needs_batches)
+    job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), method=method)
     plan = method.plan(job.model, job.structure, job.batches, state_file=state_file)
     is_per_layer = recipe.export is not None and recipe.export.format == "per_layer"
     try:
@@ -143,7 +141,7 @@ def replay_plan(
             "the plan came with repaired weights (%s), which it does not hold: its cut is repeated, the repair is not",
             plan.method.get("name"),
         )
-    job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), needs_batches=False)
+    job = _Job(_Source(model, device, trust_remote_code), out, text or Text())
     return job.write(
         plan, is_per_layer=bool(plan.skip or plan.share) or note.get("form", "stock") != "stock", repaired=False
     )
@@ -185,19 +183,22 @@ class _Source(NamedTuple):
 class _Job:
     """One model on its way from one folder to another."""
 
-    def __init__(self, source: _Source, out: str, text: Text, *, needs_batches: bool) -> None:
+    def __init__(self, source: _Source, out: str, text: Text, *, method: StructuredMethod | None = None) -> None:
         check_free(out)
         self.out = out
         self.model, self.tokenizer = load_model(
             source.name, device=source.device, trust_remote_code=source.trust_remote_code
         )
+        needs_text = method is not None and method.needs_batches
+        if needs_text:
+            check_text_fits(self.model, method)
         logger.info("looking for what can be cut from %s", source.name)
         self.structure: Structure = discover(self.model)
         self.batches: list[dict[str, Tensor]] = []
-        if needs_batches or self.tokenizer is not None:
+        if needs_text or (self.tokenizer is not None and self.model.main_input_name == "input_ids"):
             self.batches = text.batches(self.model, self.tokenizer)
         self.before = num_parameters(self.model)
-        self.loss_before = text_loss(self.model, self.batches, title="loss before")
+        self.loss_before = self._loss(self.model, title="loss before")
 
     def write(
         self, plan: Plan, *, is_per_layer: bool, repaired: bool, recipe: dict[str, Any] | None = None
@@ -212,8 +213,12 @@ class _Job:
         logger.info("written to %s", self.out)
         return metrics
 
+    def _loss(self, model: nn.Module, *, title: str) -> float | None:
+        """Return the next-token loss on the calibration text; None where there is none, or the model predicts other."""
+        return text_loss(model, self.batches if predicts_next_token(self.model) else [], title=title)
+
     def _metrics(self, small: nn.Module) -> dict[str, dict[str, float | None]]:
-        loss = text_loss(small, self.batches, title="loss after")
+        loss = self._loss(small, title="loss after")
         return {
             "parameters": {"before": self.before, "after": num_parameters(small)},
             "loss": {"before": self.loss_before, "after": loss},
@@ -235,8 +240,8 @@ class _Job:
         folder = export_per_layer(
             self.model, plan, self.out, structure=self.structure, tokenizer=self.tokenizer, batches=self.batches
         )
-        small: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        metrics = self._metrics(small.to(self.model.device))
+        small, _ = load_model(str(folder), device=str(self.model.device), trust_remote_code=True)
+        metrics = self._metrics(small)
         written = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
         note = plan_note(plan, parent=self.model, repaired=repaired, metrics=metrics, recipe=recipe) | written
         (folder / PLAN_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")

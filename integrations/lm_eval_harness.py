@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.distributed import is_first_rank
+from lightning_prune.integrations.language_model import check_answers_tasks
 from lightning_prune.integrations.training_state import untouched
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ def evaluate_model(
 
     Raises:
         ImportError: if lm-eval is not installed.
-        ValueError: if a task is unknown or the model is not a Hugging Face one.
+        ValueError: if a task is unknown, or the model is not a Hugging Face one or predicts no tokens.
     """
     manager = _task_manager(tasks, include_path)
     bare = _unwrap(model)
+    check_answers_tasks(bare)
     from lm_eval.evaluator import evaluate
 
     with untouched(bare, seed=_SEED), _quiet():

@@ -18,7 +18,7 @@ from lightning_prune.export.folder import check_free
 from lightning_prune.export.huggingface import check_huggingface, export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note
 from lightning_prune.granularity import Channel
-from lightning_prune.integrations.language_model import language_model
+from lightning_prune.integrations.language_model import check_answers_tasks, language_model
 from lightning_prune.integrations.recovery_run import Batches, RecoveryRun
 from lightning_prune.recipe import Export, Recipe
 from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
@@ -183,6 +183,8 @@ class PruningRun:
                 f"the recipe evaluates tasks, but {missing} was not found in this training; give the trainer a "
                 "processing_class, or the module or data module a `tokenizer` attribute, or set evaluate: null"
             )
+        if options is not None and found is not None:
+            check_answers_tasks(found)
         export = self.recipe.export
         if export is not None and export.dir is not None and export.format == "huggingface":
             merges = self.recovery is not None and self.recovery.has_lora

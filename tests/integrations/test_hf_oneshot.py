@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lightning_prune.integrations import hf_oneshot
-from lightning_prune.integrations.hf_oneshot import calibration_batches, calibration_windows, export_model, run_oneshot
+from lightning_prune.integrations.hf_oneshot import calibration_windows, export_model, run_oneshot
 from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.types import Report
 from tests.model_folders import TEXT, character_tokenizer, write_model_folder
@@ -26,13 +26,6 @@ def test_windows_are_the_tokens_of_one_document_after_the_other() -> None:
 def test_too_little_text_says_what_would_do() -> None:
     with pytest.raises(ValueError, match=r"gives 7 tokens, 3 sequences of 3 need 9; .*--num_sequences 2"):
         calibration_windows(character_tokenizer(), ["abcdefg"], num_sequences=3, sequence_length=3)
-
-
-def test_batches_hold_labels_and_the_rest() -> None:
-    ids_NT = torch.arange(10).reshape(5, 2)
-    batches = calibration_batches(ids_NT, batch_size=2, device=torch.device("cpu"))
-    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
-    assert torch.equal(torch.cat([batch["labels"] for batch in batches]), ids_NT)
 
 
 def test_pythons_own_sources_are_the_text_when_none_is_given(tmp_path: Path) -> None:
@@ -110,11 +103,11 @@ def test_text_is_read_from_the_file_that_was_named(tmp_path: Path, monkeypatch: 
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in (TEXT, TEXT)))
     seen: list[torch.Tensor] = []
 
-    def remember(ids_NT: torch.Tensor, **options: object) -> list[dict[str, torch.Tensor]]:
+    def remember(model: object, ids_NT: torch.Tensor, **options: object) -> list[dict[str, torch.Tensor]]:
         seen.append(ids_NT)
         return [{"input_ids": ids_NT}]
 
-    monkeypatch.setattr(hf_oneshot, "calibration_batches", remember)
+    monkeypatch.setattr(hf_oneshot, "text_batches", remember)
     options = {"num_sequences": 2, "sequence_length": 9, "device": "cpu"}
     data = str(tmp_path / "lines.jsonl")
     run_oneshot("oneshot/wanda_half", model=str(folder), out=str(tmp_path / "out"), data=data, **options)  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+"""What calibration text is to a model: which of its inputs it fills, and what cannot be learned from it.
+
+Shapes: N sequences, T tokens of each.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_prune.integrations.hf_open import predicts_next_token
+from lightning_prune.observation import Observation
+from lightning_prune.types import Scorer
+
+__all__ = ["check_text_fits", "text_batches"]
+
+
+def check_text_fits(model: PreTrainedModel, method: object) -> None:
+    """Check that a model reads text, and that what a method asks of it, text alone gives for this model.
+
+    Gradients and next-token losses need labels; text holds those of language models alone.
+
+    Args:
+        model: the model to prune.
+        method: a scorer, a structured method, or the name of another user of text.
+
+    Raises:
+        ValueError: if the model reads something else, or predicts something that plain text does not hold.
+    """
+    name = method if isinstance(method, str) else type(method).__name__
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{name} looks at calibration text, but {type(model).__name__} reads {model.main_input_name}; use a method "
+            "that looks at weights alone (a Magnitude scorer), or call the library with batches of your own"
+        )
+    scorer = getattr(method, "scorer", method)
+    takes_gradients = isinstance(scorer, Scorer) and Observation(scorer, []).has_steps
+    compares_logits = hasattr(method, "criterion")
+    is_two_sided = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
+    has_labels = predicts_next_token(model) or (is_two_sided and not compares_logits)
+    if (takes_gradients or compares_logits) and not has_labels:
+        what = "a loss" if takes_gradients else "the prediction of the next token"
+        raise ValueError(
+            f"{name} needs {what}, and for {type(model).__name__} plain text gives none; use a method that looks at "
+            "weights or at inputs of layers (Magnitude, Wanda), or call the library with labelled batches"
+        )
+
+
+def text_batches(model: PreTrainedModel, ids_NT: Tensor, *, batch_size: int) -> list[dict[str, Tensor]]:
+    """Return batches for `model(**batch)`: with labels where text gives them, and decoder inputs where they are read.
+
+    A model that answers once per row, and has no padding token to find the end of each, gets one row at a time.
+    """
+    config: Any = model.config
+    is_two_sided = bool(getattr(config, "is_encoder_decoder", False))
+    has_labels = predicts_next_token(model) or (is_two_sided and model.can_generate())
+    if not has_labels and getattr(config.get_text_config(), "pad_token_id", None) is None:
+        batch_size = 1
+    batches = []
+    for ids in ids_NT.to(model.device).split(batch_size):
+        batch = {"input_ids": ids}
+        shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if is_two_sided:
+            has_start = callable(shift) and getattr(config, "decoder_start_token_id", None) is not None
+            batch["decoder_input_ids"] = shift(labels=ids) if has_start else ids
+        if has_labels:
+            batch["labels"] = ids
+        batches.append(batch)
+    return batches
