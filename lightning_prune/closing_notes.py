@@ -1,16 +1,16 @@
 """What is said aloud when a training ends and not everything came as promised."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from lightning_prune.types import Report
 
-__all__ = ["closing_notes"]
+__all__ = ["Ending", "breaches", "remarks"]
 
 
-def closing_notes(
-    report: Report, step: int, end: int, held: float, promised: float, *, num_pruned: int, unseen_metric: str | None
-) -> Iterator[str]:
-    """Yield one sentence for each promise that was not kept.
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a training ended.
 
     Args:
         report: of the weights as they are.
@@ -18,18 +18,49 @@ def closing_notes(
         end: the step at which the schedule ends.
         held: the sparsity of the masks.
         promised: the sparsity asked for.
-        num_pruned: the weights that the masks prune; 0 if they cannot be counted.
+        differences: between the weights and the masks.
+        has_failed: whether an error or an interruption ended it.
+        guarded: the metric that the guard keeps pruning back for; None if it does not.
         unseen_metric: what the guard waited for in vain.
     """
-    if held < promised - 1e-9:
+
+    report: Report
+    step: int
+    end: int
+    held: float
+    promised: float
+    differences: tuple[str, ...] = ()
+    has_failed: bool = False
+    guarded: str | None = None
+    unseen_metric: str | None = None
+
+
+def breaches(ending: Ending) -> Iterator[str]:
+    """Yield a sentence for everything in which the model is not what was promised."""
+    if ending.step == 0 and not ending.has_failed:
         yield (
-            f"training ended at step {step} of a schedule that ends at step {end}: sparsity is "
-            f"{held:.4g}, not the promised {promised:.4g}"
+            f"no optimizer step was seen; sparsity is {ending.report.sparsity:.4g}. Every batch was skipped, or the "
+            "weights are changed by what never calls an optimizer's step (such as LOMO, in the backward pass)"
         )
-    if report.num_target_zeros < num_pruned:
+    elif ending.held < ending.promised - 1e-9 and ending.guarded is None:
+        yield _short(ending)
+    if ending.differences:
         yield (
-            "the weights were replaced after the last step (by the best checkpoint?): sparsity is "
-            f"{report.sparsity:.4g}, while the masks hold {held:.4g}"
+            "the weights were replaced after the last step (by averages, or by the best checkpoint?): sparsity is "
+            f"{ending.report.sparsity:.4g}, while the masks hold {ending.held:.4g}; {'; '.join(ending.differences)}"
         )
-    if unseen_metric is not None:
-        yield f"the guarded metric {unseen_metric!r} was never logged, so the guard had no effect"
+
+
+def remarks(ending: Ending) -> Iterator[str]:
+    """Yield a sentence for everything else that came otherwise than one may think."""
+    if ending.step > 0 and ending.held < ending.promised - 1e-9 and ending.guarded is not None:
+        yield f"{_short(ending)}, as the guard on {ending.guarded!r} asked"
+    if ending.unseen_metric is not None:
+        yield f"the guarded metric {ending.unseen_metric!r} was never logged, so the guard had no effect"
+
+
+def _short(ending: Ending) -> str:
+    return (
+        f"training ended at step {ending.step} of a schedule that ends at step {ending.end}: sparsity is "
+        f"{ending.held:.4g}, not the promised {ending.promised:.4g}"
+    )

@@ -59,6 +59,14 @@ class GuardMemory:
     has_seen: bool = False
     good: GoodMasks | None = None
 
+    def judge(self, guard: MetricGuard, value: float) -> Literal["crossed", "released"] | None:
+        """Take in a value; return whether it has just left the bounds, or has just come back."""
+        was_held, self.has_seen, self.is_held = self.is_held, True, guard.is_crossed(value)
+        if self.is_held:
+            return None if was_held else "crossed"
+        self.is_late = self.is_late or was_held
+        return "released" if was_held else None
+
     def remember(self, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float) -> None:
         """Copy masks and weights as the ones to go back to."""
         weights = {name: distributed.local(parameter.detach()).clone() for name, parameter in parameters.items()}

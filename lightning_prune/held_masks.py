@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed, hooks, masks
+from lightning_prune import distributed, hooks, masks, promised_zeros
 from lightning_prune.guard import GoodMasks
 from lightning_prune.targets import Binding
 
@@ -19,6 +19,7 @@ class HeldMasks:
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
         self.bindings: list[Binding] = []
+        self.aliases: dict[str, tuple[str, ...]] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self._owned: dict[int, list[Binding]] = {}
         self._name_of: dict[int, str] = {}
@@ -33,16 +34,24 @@ class HeldMasks:
         """Return the targets' parameters by name."""
         return {binding.name: binding.parameter for binding in self.bindings}
 
-    def own(self, bindings: list[Binding], optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Take the targets, find out which optimizer steps which, and return the clock: the first that steps any.
+    def shapes(self) -> dict[str, list[int]]:
+        """Return the targets' shapes by name."""
+        return {binding.name: list(binding.parameter.shape) for binding in self.bindings}
+
+    def take(self, model: nn.Module, bindings: list[Binding]) -> None:
+        """Take a model's targets."""
+        self.bindings, self.aliases = bindings, promised_zeros.aliases_of(model, bindings)
+        self._name_of = {id(binding.parameter): binding.name for binding in bindings}
+
+    def own(self, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """Find out which optimizer steps which target, and return the clock: the first that steps any.
 
         Trainable targets left out of the optimizers, while others are in them, are masked with the clock.
 
         Raises:
             ValueError: if the optimizers step none of the trainable targets, but perhaps copies of them.
         """
-        self.bindings, self.optimizers = bindings, list(optimizers)
-        self._name_of = {id(binding.parameter): binding.name for binding in bindings}
+        self.optimizers = list(optimizers)
         self._owned = {id(optimizer): [] for optimizer in optimizers}
         owner_of = {
             id(parameter): id(optimizer)
@@ -146,12 +155,6 @@ class HeldMasks:
             for binding in self.bindings
         )
         return distributed.agree(ours, self.device)
-
-    def num_pruned(self) -> int:
-        """Count the weights that the masks prune, over all processes."""
-        held = [binding for binding in self.bindings if binding.name in self.masks]
-        counts = [distributed.all_reduce_sum((~self.masks[b.name]).sum(), b.parameter) for b in held]
-        return sum(int(count) for count in counts)
 
     def check_agreement(self) -> None:
         """Check that ranks with copies of the same weights hold the same masks.

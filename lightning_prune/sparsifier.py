@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed, hooks, saved_state
+from lightning_prune import distributed, hooks, promised_zeros, saved_state
 from lightning_prune.allocations.uniform import Uniform
-from lightning_prune.closing_notes import closing_notes
+from lightning_prune.closing_notes import breaches, remarks
 from lightning_prune.decision import Decision, check_combination
 from lightning_prune.granularity import Unstructured
-from lightning_prune.guard import GuardMemory, MetricGuard
+from lightning_prune.guard import MetricGuard
 from lightning_prune.held_masks import HeldMasks
 from lightning_prune.observation import Observation, Surrogate
 from lightning_prune.oneshot import OneShot
+from lightning_prune.progress import Progress, restore_progress, save_progress
 from lightning_prune.report import measure
 from lightning_prune.schedules import Existing
 from lightning_prune.scorers.magnitude import Magnitude
@@ -66,18 +67,14 @@ class Sparsifier:
         check_combination(scorer, allocation, granularity)
         self.schedule, self.targets, self.granularity = schedule, targets, granularity
         self.scorer, self.allocation, self.guard, self.seed = scorer, allocation, guard, seed
-        self.step = self.num_updates = 0
-        self.history: list[dict[str, float]] = []
-        self.notes: list[str] = []
+        self.broken: tuple[str, ...] = ()  # in what the model is not as promised, known when training has ended
         self.surrogate: Surrogate | None = None  # what stands in for the gradients of frozen targets: a LoRA's
         self._held = HeldMasks()
-        self._sparsity = 0.0
-        self._is_once = False
+        self._progress = Progress()
         self._model: nn.Module | None = None
         self._clock: torch.optim.Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._observation: Observation | None = None
-        self._memory = GuardMemory()
         self._pending: Mapping[str, Any] | None = None
         self._report: Report | None = None
         self._plan: tuple[int, int, int] = (0, 0, 1)
@@ -92,6 +89,26 @@ class Sparsifier:
     def is_restoring(self) -> bool:
         """Return whether a loaded state waits for the next `attach`."""
         return self._pending is not None
+
+    @property
+    def step(self) -> int:
+        """Return how many optimizer steps were taken."""
+        return self._progress.step
+
+    @property
+    def num_updates(self) -> int:
+        """Return how often the masks have changed."""
+        return self._progress.num_updates
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Return the metrics by step."""
+        return self._progress.history
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what was said so far."""
+        return self._progress.notes
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -137,8 +154,9 @@ class Sparsifier:
             raise ValueError("attach needs the optimizers that step the model, got none")
         observation = Observation(self.scorer, bindings, self.surrogate)
         observation.check_trainable()
-        self._clock = self._held.own(bindings, inner)
-        self._model, self._observation = model, observation
+        self._held.take(model, bindings)
+        self._clock = self._held.own(inner)
+        self._model, self._observation, self.broken = model, observation, ()
         try:
             self._begin(model, observation)
         except BaseException:
@@ -163,8 +181,8 @@ class Sparsifier:
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in self._held.optimizers]
         if not self.is_finished:
             self._handles += observation.start(model)
-        if self.guard is not None and self.guard.action == "rollback" and self._memory.good is None:
-            self._memory.remember(self._held.parameters, self.masks, self._sparsity)
+        if self.guard is not None and self.guard.action == "rollback" and self._progress.memory.good is None:
+            self._progress.memory.remember(self._held.parameters, self.masks, self._progress.sparsity)
         self._held.apply(self._held.bindings)
         self._update_if_due()
         self._report = measure(model, self._held.bindings, step=self.step, notes=self.notes)
@@ -172,14 +190,13 @@ class Sparsifier:
     def _start_anew(self) -> None:
         """Set the clock to zero; masks made earlier are held if they are this model's."""
         if not self._held.fit():
-            if self._is_once:
+            if self._progress.is_once:
                 raise ValueError("the masks of prune_once do not fit this model; attach the model that was pruned")
             self._held.masks.clear()
         if isinstance(self.schedule, Existing) and not self.masks:
             self._held.take_existing(allow_none=self.schedule.allow_dense)
-        self._sparsity = self._sparsity if self.masks else 0.0
-        self.step, self._memory = 0, GuardMemory()
-        self.history, self.notes = [], []
+        kept = self._progress if self.masks else Progress(is_once=self._progress.is_once)
+        self._progress = Progress(sparsity=kept.sparsity, is_once=kept.is_once, num_updates=self._progress.num_updates)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         if hooks.was_skipped(optimizer):
@@ -191,28 +208,32 @@ class Sparsifier:
             if optimizer is self._clock:
                 self._observation.feed_surrogates()
         if optimizer is self._clock:
-            self.step += 1
+            self._progress.step += 1
             self._update_if_due()
 
     @property
     def is_finished(self) -> bool:
         """Return whether masks cannot change any more."""
-        return self._is_once or isinstance(self.schedule, Existing) or (self.step >= self._plan[1] and not self.guard)
+        return (
+            self._progress.is_once
+            or isinstance(self.schedule, Existing)
+            or (self.step >= self._plan[1] and not self.guard)
+        )
 
     def _update_if_due(self) -> None:
         """Change the masks if the schedule says so."""
-        if self._is_once or self._memory.is_held:
+        if self._progress.is_once or self._progress.memory.is_held:
             return
-        is_due = self.schedule.is_due(self.step, self._total_steps) or self._memory.is_late
+        is_due = self.schedule.is_due(self.step, self._total_steps) or self._progress.memory.is_late
         sparsity = self.schedule.sparsity_at(self.step, self._total_steps)
-        if not is_due or sparsity == 0 or (sparsity <= self._sparsity and not self.scorer.dense_grad):
+        if not is_due or sparsity == 0 or (sparsity <= self._progress.sparsity and not self.scorer.dense_grad):
             return
         assert self._observation is not None
         decision = self._decision(self._held.bindings, self._observation)
         changes = list(decision.decide(decision.budgets(sparsity)))  # all or none: scores may turn out to be NaN
         for binding, mask in changes:
             self._held.set(binding, mask)
-        self._memory.is_late, self._sparsity = False, sparsity
+        self._progress.memory.is_late, self._progress.sparsity = False, sparsity
         self._observation.restart_inputs()
         self._finish_update()
         if self.is_finished:
@@ -233,15 +254,10 @@ class Sparsifier:
     def _finish_update(self) -> None:
         """Count a change of masks, check that ranks agree, and measure."""
         assert self._model is not None
-        self.num_updates += 1
+        self._progress.num_updates += 1
         self._held.check_agreement()
         self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
-        self._record({"sparsity": self._report.sparsity})
-
-    def _record(self, values: Mapping[str, float]) -> None:
-        if not self.history or self.history[-1]["step"] != self.step:
-            self.history.append({"step": self.step})
-        self.history[-1].update(values)
+        self._progress.record({"sparsity": self._report.sparsity})
 
     def _note(self, sentence: str) -> None:
         self.notes.append(sentence)
@@ -252,29 +268,26 @@ class Sparsifier:
     def observe(self, metrics: Mapping[str, object]) -> None:
         """Take in logged metrics: for the history, and for the guard; collective when one is set."""
         numbers = saved_state.only_numbers(metrics)
-        self._record(numbers)
+        self._progress.record(numbers)
         if self.guard is None or self.guard.metric not in numbers or not self.is_attached:
             return
         value = distributed.broadcast_number(numbers[self.guard.metric], self._held.device)
-        self._memory.has_seen = True
-        if self.guard.is_crossed(value):
-            if not self._memory.is_held:
-                self._hold(self.guard, value)
-            return
-        if self._memory.is_held:
-            self._memory.is_held, self._memory.is_late = False, True
+        memory = self._progress.memory
+        change = memory.judge(self.guard, value)
+        if change == "crossed":
+            self._hold(self.guard, value)
+        elif change == "released":
             self._note(f"step {self.step}: {self.guard.metric} = {value:.6g} is within bounds again; pruning goes on")
-        if self.guard.action == "rollback":
-            self._memory.remember(self._held.parameters, self.masks, self._sparsity)
+        if not memory.is_held and self.guard.action == "rollback":
+            memory.remember(self._held.parameters, self.masks, self._progress.sparsity)
 
     def _hold(self, guard: MetricGuard, value: float) -> None:
-        what = f"holds at sparsity {self._sparsity:.4g}"
-        good = self._memory.good
-        self._memory.is_held = True
-        if guard.action == "rollback" and good is not None and self._sparsity > good.sparsity:
-            what = f"goes back from sparsity {self._sparsity:.4g} to the masks of {good.sparsity:.4g}"
+        what = f"holds at sparsity {self._progress.sparsity:.4g}"
+        good = self._progress.memory.good
+        if guard.action == "rollback" and good is not None and self._progress.sparsity > good.sparsity:
+            what = f"goes back from sparsity {self._progress.sparsity:.4g} to the masks of {good.sparsity:.4g}"
             self._held.go_back(good)
-            self._sparsity = good.sparsity
+            self._progress.sparsity = good.sparsity
             self._finish_update()
         self._note(f"step {self.step}: {guard.metric} = {value:.6g} crossed its bound; pruning {what}")
 
@@ -299,17 +312,15 @@ class Sparsifier:
             raise ValueError("prune_once needs a model that is not in training; call detach first")
         distributed.check_supported(model)
         self._held = HeldMasks()
-        self._held.bindings = self._resolve(model)
+        self._held.take(model, self._resolve(model))
         observation = Observation(self.scorer, self._held.bindings)
         if isinstance(self.schedule, Existing):
             self._held.take_existing(allow_none=self.schedule.allow_dense)
         else:
             decide = functools.partial(self._decision, observation=observation)
-            job = OneShot(
-                model, observation, decide, self._held.set, sparsity=self.schedule.sparsity, progress=progress
-            )
-            job.run(list(batches))
-        self._sparsity, self._is_once = self.schedule.sparsity, True
+            sparsity = self.schedule.sparsity
+            OneShot(model, observation, decide, self._held.set, sparsity=sparsity, progress=progress).run(list(batches))
+        self._progress.sparsity, self._progress.is_once = self.schedule.sparsity, True
         self._model = model
         self._finish_update()
         self._model = None
@@ -321,12 +332,29 @@ class Sparsifier:
             return
         if not has_failed:
             self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
-        num_pruned = 0 if has_failed else self._held.num_pruned()
-        unseen = None if self.guard is None or self._memory.has_seen else self.guard.metric
-        plan = (self.step, self._plan[1], self._sparsity, self.schedule.sparsity)
-        for note in closing_notes(self.report(), *plan, num_pruned=num_pruned, unseen_metric=unseen):
+        ending = self._progress.ending(
+            self.report(),
+            self.guard,
+            end=self._plan[1],
+            promised=self.schedule.sparsity,
+            differences=None if has_failed else self.verify(self._model),
+        )
+        self.broken = tuple(breaches(ending))
+        for note in (*self.broken, *remarks(ending)):
             self._note(note)
         self._unhook()
+
+    def verify(self, model: nn.Module | Mapping[str, object]) -> tuple[str, ...]:
+        """Compare a model or a saved state with the masks in force; collective when the targets are sharded.
+
+        Args:
+            model: the trained model, a part of it, an average, or the tensors of a file; found by the targets' names.
+
+        Returns:
+            a sentence for each way in which it is not what the masks promise; none if it is.
+        """
+        weights = promised_zeros.weights_of(model)
+        return tuple(promised_zeros.differences(weights, self.masks, self._held.bindings, self._held.aliases))
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -340,27 +368,8 @@ class Sparsifier:
         """Return what a resume needs as plain values and tensors, masks whole and packed to bits; collective."""
         if self._model is None and self._pending is not None:
             return dict(self._pending)
-        bindings = self._held.bindings
-        statistics = {} if self._observation is None else self._observation.statistics
-        state = {
-            "format_version": saved_state.FORMAT_VERSION,
-            "step": self.step,
-            "sparsity": self._sparsity,
-            "plan": list(self._plan),
-            "settings": self.settings(),
-            "shapes": self._shapes(),
-            "masks": saved_state.pack_masks(self.masks, bindings),
-            "statistics": saved_state.gather_statistics(statistics, bindings),
-            "guard": saved_state.pack_guard(self._memory, bindings),
-            "history": [dict(entry) for entry in self.history],
-            "notes": list(self.notes),
-            "num_updates": self.num_updates,
-            "is_once": self._is_once,
-        }
-        return state | {"digest": saved_state.digest(state)}
-
-    def _shapes(self) -> dict[str, list[int]]:
-        return {binding.name: list(binding.parameter.shape) for binding in self._held.bindings}
+        plan = list(self._plan)
+        return save_progress(self._progress, self._held, self._observation, plan=plan, settings=self.settings())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved state; it is checked now and put in force by the next `attach`.
@@ -374,18 +383,10 @@ class Sparsifier:
         self._pending = dict(state)
 
     def _restore(self, state: Mapping[str, Any], observation: Observation) -> None:
-        saved_state.check_same("model", state["shapes"], self._shapes())
-        self._is_once = bool(state["is_once"])
-        if not self._is_once:
+        saved_state.check_same("model", state["shapes"], self._held.shapes())
+        if not state["is_once"]:
             saved_state.check_plan(state["plan"], self._plan)
-        self.step, self.num_updates = int(state["step"]), int(state["num_updates"])
-        self._sparsity = float(state["sparsity"])
-        self.history, self.notes = [dict(entry) for entry in state["history"]], list(state["notes"])
-        bindings = self._held.bindings
-        self._held.masks.clear()
-        self._held.masks.update(saved_state.unpack_masks(state["masks"], bindings))
-        saved_state.restore_statistics(state["statistics"], observation.statistics, bindings)
-        self._memory = saved_state.unpack_guard(state["guard"], bindings)
+        self._progress = restore_progress(state, self._held, observation)
 
     def report(self) -> Report:
         """Return what was pruned, as of the last change of masks.

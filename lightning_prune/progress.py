@@ -1,0 +1,111 @@
+"""How far a run has come, and how that is saved and restored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_prune import saved_state
+from lightning_prune.closing_notes import Ending
+from lightning_prune.guard import GuardMemory, MetricGuard
+from lightning_prune.held_masks import HeldMasks
+from lightning_prune.observation import Observation
+from lightning_prune.types import Report
+
+__all__ = ["Progress", "restore_progress", "save_progress"]
+
+
+@dataclass
+class Progress:
+    """What changes while a run goes on, masks and statistics aside.
+
+    Args:
+        step: optimizer steps taken.
+        num_updates: changes of masks.
+        sparsity: of the masks in force.
+        is_once: whether the masks come from `prune_once` and cannot change.
+        history: metrics by step.
+        notes: what was said.
+        memory: of the guard.
+    """
+
+    step: int = 0
+    num_updates: int = 0
+    sparsity: float = 0.0
+    is_once: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    memory: GuardMemory = field(default_factory=GuardMemory)
+
+    def ending(
+        self,
+        report: Report,
+        guard: MetricGuard | None,
+        *,
+        end: int,
+        promised: float,
+        differences: tuple[str, ...] | None,
+    ) -> Ending:
+        """Return how the run ended, if it ends here; `differences` from the masks are None after an error."""
+        is_kept_back = self.memory.is_held or self.memory.is_late
+        return Ending(
+            report=report,
+            step=self.step,
+            end=end,
+            held=self.sparsity,
+            promised=promised,
+            differences=differences or (),
+            has_failed=differences is None,
+            guarded=guard.metric if guard is not None and is_kept_back else None,
+            unseen_metric=guard.metric if guard is not None and not self.memory.has_seen else None,
+        )
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Add metrics to the history of this step."""
+        if not self.history or self.history[-1]["step"] != self.step:
+            self.history.append({"step": self.step})
+        self.history[-1].update(values)
+
+
+def save_progress(
+    progress: Progress, held: HeldMasks, observation: Observation | None, **constants: Any
+) -> dict[str, Any]:
+    """Return what a resume needs as plain values and tensors, masks whole and packed to bits; collective.
+
+    Args:
+        progress: of the run.
+        held: its masks.
+        observation: its statistics.
+        constants: what the state must agree with when it comes back: settings and plan.
+    """
+    statistics = {} if observation is None else observation.statistics
+    state = {
+        "format_version": saved_state.FORMAT_VERSION,
+        "step": progress.step,
+        "sparsity": progress.sparsity,
+        "shapes": held.shapes(),
+        "masks": saved_state.pack_masks(held.masks, held.bindings),
+        "statistics": saved_state.gather_statistics(statistics, held.bindings),
+        "guard": saved_state.pack_guard(progress.memory, held.bindings),
+        "history": [dict(entry) for entry in progress.history],
+        "notes": list(progress.notes),
+        "num_updates": progress.num_updates,
+        "is_once": progress.is_once,
+        **constants,
+    }
+    return state | {"digest": saved_state.digest(state)}
+
+
+def restore_progress(state: Mapping[str, Any], held: HeldMasks, observation: Observation) -> Progress:
+    """Undo `save_progress`: put masks and statistics in force and return the progress."""
+    held.masks.clear()
+    held.masks.update(saved_state.unpack_masks(state["masks"], held.bindings))
+    saved_state.restore_statistics(state["statistics"], observation.statistics, held.bindings)
+    return Progress(
+        step=int(state["step"]),
+        num_updates=int(state["num_updates"]),
+        sparsity=float(state["sparsity"]),
+        is_once=bool(state["is_once"]),
+        history=[dict(entry) for entry in state["history"]],
+        notes=list(state["notes"]),
+        memory=saved_state.unpack_guard(state["guard"], held.bindings),
+    )

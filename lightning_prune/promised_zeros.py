@@ -1,0 +1,78 @@
+"""Compare any copy of a pruned model, or a saved state of one, with the masks it was promised."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lightning_prune import distributed
+from lightning_prune.targets import Binding, clean_name
+
+__all__ = ["aliases_of", "differences", "weights_of"]
+
+
+def aliases_of(model: nn.Module, bindings: Sequence[Binding]) -> dict[str, tuple[str, ...]]:
+    """Return all clean names of every target; a tied weight has several, of which a file may hold any one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(clean_name(name))
+    return {binding.name: tuple(names.get(id(binding.parameter), [binding.name])) for binding in bindings}
+
+
+def weights_of(model: nn.Module | Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the tensors of a model or of a saved state by clean name, tied ones under each of theirs."""
+    if isinstance(model, nn.Module):
+        distributed.reshard(model)
+        return {clean_name(name): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    return {clean_name(name): tensor.detach() for name, tensor in model.items() if isinstance(tensor, Tensor)}
+
+
+def differences(
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    bindings: Sequence[Binding],
+    aliases: Mapping[str, Sequence[str]],
+) -> Iterator[str]:
+    """Yield a sentence for each way in which weights are not those that the masks promise.
+
+    Names may begin elsewhere than those of the targets, as in a part of the trained model or in something around it.
+    Collective when the targets are sharded.
+
+    Args:
+        weights: tensors by clean name, whole or sharded as the targets are.
+        masks: bool, True = keep, by target name, this process's rows.
+        bindings: the targets.
+        aliases: all names of each target.
+    """
+    renamed = _renaming(weights, [name for names in aliases.values() for name in names])
+    missing, reshaped, filled = [], [], []
+    num_pruned = num_filled = 0
+    for binding in (binding for binding in bindings if binding.name in masks):
+        found = [weights[new] for name in aliases[binding.name] if (new := renamed(name)) in weights]
+        mask = masks[binding.name]
+        whole = distributed.gather(mask, binding.parameter)
+        if not found:
+            missing.append(binding.name)
+            continue
+        weight, keep = distributed.local(found[0]), mask if distributed.is_sharded(found[0]) else whole
+        if weight.shape != keep.shape:
+            reshaped.append(binding.name)
+            continue
+        count = int(distributed.all_reduce_sum((weight[~keep.to(weight.device)] != 0).sum(), found[0]))
+        num_pruned += int((~whole).sum())
+        num_filled += count
+        filled += [binding.name] if count else []
+    if filled:
+        yield f"{num_filled} of {num_pruned} pruned weights are not zero, in {len(filled)} targets, first {filled[0]}"
+    if missing:
+        yield f"{len(missing)} pruned targets are not in the model, first {missing[0]}"
+    if reshaped:
+        yield f"{len(reshaped)} pruned targets have another shape in the model, first {reshaped[0]}"
+
+
+def _renaming(names: Mapping[str, object], wanted: Sequence[str]) -> Callable[[str], str]:
+    """Return what turns wanted names into those that are there: by leaving out a prefix, or by adding one."""
+    depths = range(max((name.count(".") for name in wanted), default=0) + 1)
+    around = {name.removesuffix(wanted[0]) for name in names if wanted and name.endswith(f".{wanted[0]}")}
+    ways: list[Callable[[str], str]] = [lambda name, k=depth: name.split(".", k)[-1] for depth in depths]  # type: ignore[misc]
+    ways += [lambda name, start=prefix: start + name for prefix in sorted(around)]  # type: ignore[misc]
+    return max(ways, key=lambda way: sum(way(name) in names for name in wanted))
