@@ -109,6 +109,7 @@ FLOORS: dict[str, float] = {
     "recovery.student_call": 2,
     "recovery.token_loss": 2.1,
     "recovery.logit_cache": 2.2,
+    "recovery.passages": 2.1,
     "recovery.distill_options": 2.3,
     "recovery.teacher_targets": 3,
     "recovery": 4,

@@ -1,42 +1,46 @@
-"""A teacher's top-k logits on disk, found again by the tokens themselves.
+"""A teacher's top-k logits on disk, found again by what the teacher saw.
 
-A passage (one text of a batch, without padding) is the key, so the cache survives another order, another batch size
-and a restart. Every process appends to files of its own and reads everybody's. A file that a kill cut off
-keeps what was complete before; its writer starts new files.
+A passage (see `passages`) is the key, together with the cache's header, so the cache survives another order, another
+batch size and a restart. Every process appends to files of its own and reads everybody's. A file that a kill
+cut off keeps what was complete before; its writer starts new files. Every passage and every entry carries a checksum:
+what does not agree with it is said, counts as missing, and is stored anew.
 
 Stored are log-probabilities at the temperature of the run, the k likeliest and the one of all other tokens: the latter
 cannot be known at another temperature without all logits, so the temperature is part of the header.
 
 Source: top-k targets, arXiv 2407.14679, section 3 and table 12.
-Cost: 4 k + 2 bytes per token (6 k + 2 for vocabularies above 65,536), and 32 bytes per passage. float16 was taken
+Cost: 4 k + 2 bytes per token (6 k + 2 for vocabularies above 65,536), and 48 bytes per passage. float16 was taken
     because on a pruned stories260K with k = 100 it moves the gradient by 3e-4 of its norm, bfloat16 by 3e-3.
-Limits: the teacher must see nothing but tokens and positions. Several machines need one shared folder.
+Limits: the teacher must see nothing but values per token. Several machines need one shared folder.
 
-Shapes: B sequences, T tokens, N = B * T, V vocabulary, k likeliest tokens, K = k + 1, W int16 words per token.
+Shapes: B sequences, T tokens, N = B * T, V vocabulary, k likeliest tokens, K = k + 1, W int16 words per token, L tokens
+    of one passage.
 """
 
 import hashlib
 import json
+import logging
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.recovery.passages import Passages, memory_of
 from lightning_prune.recovery.token_loss import TopTargets
 
 __all__ = ["CacheHeader", "LogitCache", "Passages"]
 
-_FORMAT = 1
-_ENTRY = struct.Struct("<16sqq")  # key, first token, number of tokens
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2
+_PLACE = struct.Struct("<16sqq8s")  # key, first token, number of tokens, checksum of their words
+_ENTRY_SIZE = _PLACE.size + 8  # with its own checksum
 _LARGEST_UINT16 = 1 << 16
-# Inputs that say no more than the positions do.
-_SAME_AS_POSITIONS = frozenset({"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class CacheHeader:
         vocab_size: logits per token.
         top_k: tokens kept.
         temperature: of the stored probabilities.
+        dtype: of the teacher's weights; `stored` where they are as its files hold them.
         format: version of the files.
     """
 
@@ -55,6 +60,7 @@ class CacheHeader:
     vocab_size: int
     top_k: int
     temperature: float
+    dtype: str = "stored"
     format: int = _FORMAT
 
     @property
@@ -64,49 +70,23 @@ class CacheHeader:
 
     @property
     def bytes_per_token(self) -> int:
-        """Return the bytes on disk of one token, without the 32 bytes of its passage."""
+        """Return the bytes on disk of one token, without the 48 bytes of its passage."""
         return 2 * self.words
+
+    @property
+    def digest(self) -> bytes:
+        """Return a part of every key, so that no entry made under another header is ever found."""
+        return _checksum(json.dumps(asdict(self), sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
-class Passages:
-    """The texts of a batch: their keys, and where their tokens stand among the N of the batch."""
+class _Place:
+    """Where a passage is stored."""
 
-    keys: tuple[bytes, ...]
-    lengths: tuple[int, ...]
-    positions_M: Tensor
-    num_tokens: int
-
-    @classmethod
-    def of(cls, inputs: Mapping[str, object]) -> "Passages":
-        """Find the passages in the inputs of a model's call.
-
-        Args:
-            inputs: `input_ids` of shape BT, and where given `attention_mask`, which leaves out padding, and
-                `position_ids`, which start again from 0 where a new text begins within a row.
-
-        Raises:
-            ValueError: if there are other inputs that change what the teacher says.
-        """
-        _check_inputs(inputs)
-        ids_BT = _host(inputs["input_ids"])
-        mask, given = inputs.get("attention_mask"), inputs.get("position_ids")
-        kept_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask is None else _host(mask).bool()
-        starts_BT = torch.zeros_like(kept_BT)
-        starts_BT[torch.arange(len(ids_BT)), kept_BT.int().argmax(1)] = True
-        if given is not None:
-            starts_BT |= _host(given).expand_as(ids_BT) == 0
-        positions_M = kept_BT.flatten().nonzero()[:, 0]
-        ids_M = ids_BT.flatten()[positions_M].to(torch.int32)
-        first = starts_BT.flatten()[positions_M].nonzero()[:, 0].tolist()
-        ends = [*first[1:], len(ids_M)][: len(first)]
-        content = _bytes(ids_M)
-        keys = tuple(
-            hashlib.blake2b(content[4 * start : 4 * end], digest_size=16).digest()
-            for start, end in zip(first, ends, strict=True)
-        )
-        lengths = tuple(end - start for start, end in zip(first, ends, strict=True))
-        return cls(keys, lengths, positions_M, ids_BT.numel())
+    segment: "_Segment"
+    start: int
+    length: int
+    checksum: bytes
 
 
 class LogitCache:
@@ -118,59 +98,93 @@ class LogitCache:
         rank: of this process, part of the names of its files.
 
     Raises:
-        ValueError: if the folder holds logits of something else.
+        ValueError: if the folder holds logits of something else, or its header cannot be read.
     """
 
     def __init__(self, folder: str | Path, *, header: CacheHeader, rank: int = 0) -> None:
         self.header = header
+        self._digest = header.digest
         self._folder = Path(folder)
         self._rank = rank
         self._folder.mkdir(parents=True, exist_ok=True)
         _agree(self._folder / "header.json", header, rank)
         self._segments: dict[str, _Segment] = {}
-        self._places: dict[bytes, tuple[_Segment, int, int]] = {}
+        self._places: dict[bytes, _Place] = {}
         self._writer: _Writer | None = None
+        self._is_closed = False
+        self._num_damaged = 0
         self._refresh()
 
     def __len__(self) -> int:
         return len(self._places)
 
     def get(self, passages: Passages, *, device: torch.device) -> TopTargets | None:
-        """Return the targets of all N tokens of a batch; None if a text is missing. Those of padding mean nothing."""
-        if any(key not in self._places for key in passages.keys):
+        """Return the targets of all N tokens of a batch, without meaning for padding.
+
+        None if a text is missing or damaged; a damaged one is missing from then on.
+        """
+        keys = self._keys(passages)
+        if any(key not in self._places for key in keys):
             self._refresh()
-        places = [self._places.get(key) for key in passages.keys]
+        places = [self._places.get(key) for key in keys]
+        if any(place is None or place.length != length for place, length in zip(places, passages.lengths, strict=True)):
+            return None
+        found = [self._read(key, place) for key, place in zip(keys, places, strict=True) if place is not None]
+        words = [words_LW for words_LW in found if words_LW is not None]
+        if len(words) < len(keys):
+            return None
         words_NW = torch.zeros((passages.num_tokens, self.header.words), dtype=torch.int16)
-        wanted: dict[_Segment, list[tuple[int, int]]] = {}
-        for place, length in zip(places, passages.lengths, strict=True):
-            if place is None:
-                return None
-            wanted.setdefault(place[0], []).append((place[1], length))
-        of_token_M = torch.repeat_interleave(torch.tensor(passages.lengths))
-        segment_of = list(wanted)
-        if len(segment_of) == 1:
-            words_NW[passages.positions_M] = _gather(segment_of[0], wanted[segment_of[0]])
-        else:
-            for segment in segment_of:
-                is_here = torch.tensor([place is not None and place[0] is segment for place in places])
-                words_NW[passages.positions_M[is_here[of_token_M]]] = _gather(segment, wanted[segment])
+        if words:
+            words_NW[passages.positions_M] = torch.cat(words)
         return self._decode(words_NW.to(device))
 
     def put(self, passages: Passages, targets: TopTargets) -> None:
-        """Append the passages that are not stored yet.
+        """Append the passages that are not stored yet; a disk that takes no more is said once, and then left alone.
 
         Args:
             passages: the texts of a batch.
             targets: of all N tokens of the batch.
         """
+        if self._is_closed:
+            return
         words_MW = self._encode(targets)[passages.positions_M]
-        if self._writer is None:
-            self._writer = _Writer(self._folder, self._rank, self.header.words)
-            self._segments[self._writer.segment.name] = self._writer.segment
-        split = zip(passages.keys, words_MW.split(passages.lengths), strict=True)
+        split = zip(self._keys(passages), words_MW.split(passages.lengths), strict=True)
         missing = {key: words_LW for key, words_LW in split if key not in self._places}
-        for key, place in self._writer.append(missing).items():
-            self._places[key] = (self._writer.segment, *place)
+        try:
+            if self._writer is None:
+                self._writer = _Writer(self._folder, self._rank, self.header.words)
+                self._segments[self._writer.segment.name] = self._writer.segment
+            self._places.update(self._writer.append(missing))
+        except OSError as error:
+            # What was written in part has no entry, so nobody will read it.
+            self._is_closed = True
+            logger.warning(
+                "the logits of the teacher can no longer be stored in %s (%s); the training goes on, and asks the "
+                "teacher for every text that is not stored yet",
+                self._folder,
+                error,
+            )
+
+    def _keys(self, passages: Passages) -> list[bytes]:
+        return [hashlib.blake2b(key, key=self._digest, digest_size=16).digest() for key in passages.keys]
+
+    def _read(self, key: bytes, place: _Place) -> Tensor | None:
+        """Return words_LW of a passage; None, and forget it, if the disk gives something else than was written."""
+        content = place.segment.read(place)
+        if content is None or _checksum(content) != place.checksum:
+            del self._places[key]
+            self._say_damaged(1, place.segment)
+            return None
+        return torch.frombuffer(content, dtype=torch.int16).view(place.length, self.header.words)
+
+    def _say_damaged(self, number: int, segment: "_Segment") -> None:
+        if number and not self._num_damaged:
+            logger.warning(
+                "the cache %s is damaged: %s does not hold what was written; such texts are asked of the teacher again",
+                self._folder,
+                segment.name,
+            )
+        self._num_damaged += number
 
     def _refresh(self) -> None:
         """Read what other processes have added."""
@@ -179,8 +193,8 @@ class LogitCache:
                 self._segments[path.stem] = _Segment(path.with_suffix(".data"), self.header.words)
         for segment in self._segments.values():
             if self._writer is None or segment is not self._writer.segment:
-                for key, start, length in segment.new_entries():
-                    self._places.setdefault(key, (segment, start, length))
+                self._places.update(segment.new_entries())
+                self._say_damaged(segment.take_damaged(), segment)
 
     def _encode(self, targets: TopTargets) -> Tensor:
         log_probs_NK = targets.log_probs_NK.to("cpu", torch.float16).contiguous().view(torch.int16)
@@ -199,37 +213,58 @@ class LogitCache:
 
 
 class _Segment:
-    """One data file and its index, read through a memory map that grows with the file."""
+    """One data file and its index."""
 
     def __init__(self, data: Path, words: int) -> None:
         self.name = data.stem
         self._data = data
-        self._words = words
+        self._token_size = 2 * words
         self._num_entries = 0
-        self._map_LW: Tensor | None = None
+        self._num_damaged = 0
 
-    def new_entries(self) -> list[tuple[bytes, int, int]]:
-        """Return (key, first token, tokens) of the complete entries that were not returned before."""
+    def new_entries(self) -> dict[bytes, _Place]:
+        """Return the complete entries that were not returned before; those that are damaged are counted."""
         with self._data.with_suffix(".index").open("rb") as file:
-            file.seek(self._num_entries * _ENTRY.size)
+            file.seek(self._num_entries * _ENTRY_SIZE)
             raw = file.read()
-        num_tokens = self._data.stat().st_size // (2 * self._words)
-        found = []
-        for key, start, length in _ENTRY.iter_unpack(raw[: len(raw) // _ENTRY.size * _ENTRY.size]):
-            if start + length > num_tokens:
-                break
-            found.append((key, start, length))
-        self._num_entries += len(found)
+        num_tokens = self._data.stat().st_size // self._token_size if self._data.exists() else 0
+        found = {}
+        for content, checksum in _entries(raw):
+            if _checksum(content) == checksum:
+                key, start, length, of_words = _PLACE.unpack(content)
+                if start + length > num_tokens:
+                    break
+                found[key] = _Place(self, start, length, of_words)
+            else:
+                self._num_damaged += 1
+            self._num_entries += 1
         return found
 
-    def read(self, index_M: Tensor) -> Tensor:
-        """Return words_MW of some tokens of this file."""
-        last = int(index_M.max()) + 1
-        if self._map_LW is None or len(self._map_LW) < last:
-            num_tokens = self._data.stat().st_size // (2 * self._words)
-            flat = torch.from_file(str(self._data), shared=False, size=num_tokens * self._words, dtype=torch.int16)
-            self._map_LW = flat.view(num_tokens, self._words)
-        return self._map_LW.index_select(0, index_M)
+    def take_damaged(self) -> int:
+        """Return how many entries were damaged since the last time."""
+        number, self._num_damaged = self._num_damaged, 0
+        return number
+
+    def read(self, place: _Place) -> bytearray | None:
+        """Return the memory of words_LW; None if the file ends before."""
+        content = bytearray(place.length * self._token_size)
+        try:
+            with self._data.open("rb") as file:
+                file.seek(place.start * self._token_size)
+                return content if file.readinto(content) == len(content) else None
+        except OSError:  # a bad sector, or a file that somebody has removed
+            return None
+
+
+def _entries(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each whole entry of an index and its checksum."""
+    for start in range(0, len(raw) - _ENTRY_SIZE + 1, _ENTRY_SIZE):
+        entry = raw[start : start + _ENTRY_SIZE]
+        yield entry[: _PLACE.size], entry[_PLACE.size :]
+
+
+def _checksum(content: bytes | bytearray | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 class _Writer:
@@ -242,15 +277,18 @@ class _Writer:
         self.segment = _Segment(self._data, words)
         self._num_tokens = 0
 
-    def append(self, passages: Mapping[bytes, Tensor]) -> dict[bytes, tuple[int, int]]:
-        """Write words_LW of some passages; return the first token and the number of tokens of each."""
+    def append(self, passages: Mapping[bytes, Tensor]) -> dict[bytes, _Place]:
+        """Write words_LW of some passages; return the place of each."""
         places = {}
         # Unbuffered, and closed each time, so that what was written is in the files whatever happens next.
         with self._data.open("ab", buffering=0) as data, self._index.open("ab", buffering=0) as index:
             for key, words_LW in passages.items():
-                places[key] = (self._num_tokens, len(words_LW))
-                _write_all(data, _bytes(words_LW))
-                _write_all(index, memoryview(_ENTRY.pack(key, *places[key])))
+                content = memory_of(words_LW)
+                place = _Place(self.segment, self._num_tokens, len(words_LW), _checksum(content))
+                entry = _PLACE.pack(key, place.start, place.length, place.checksum)
+                _write_all(data, content)
+                _write_all(index, memoryview(entry + _checksum(entry)))
+                places[key] = place
                 self._num_tokens += len(words_LW)
         return places
 
@@ -259,14 +297,6 @@ def _write_all(file: FileIO, content: memoryview) -> None:
     """Write past the limit of a single call."""
     while content:
         content = content[file.write(content) :]
-
-
-def _gather(segment: _Segment, spans: list[tuple[int, int]]) -> Tensor:
-    """Return words_MW of several runs of tokens, one after the other."""
-    starts, lengths = torch.tensor(spans).unbind(1)
-    shift = starts - (lengths.cumsum(0) - lengths)
-    index_M = torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
-    return segment.read(index_M)
 
 
 def _create(folder: Path, rank: int) -> Path:
@@ -288,37 +318,22 @@ def _agree(path: Path, header: CacheHeader, rank: int) -> None:
     if not path.exists():
         part = path.with_name(f"header.{rank}.{os.getpid()}.part")
         part.write_text(json.dumps(wanted), encoding="ascii")
-        part.replace(path)
-    found = json.loads(path.read_text(encoding="ascii"))
+        try:
+            os.link(part, path)  # of several runs that begin at once, the first wins and the others compare
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            part.replace(path)
+        part.unlink(missing_ok=True)
+    try:
+        found = json.loads(path.read_text(encoding="ascii"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, so nobody knows whose logits these are; delete the folder {path.parent}")
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         said = ", ".join(f"{key} {found.get(key)!r} (this run: {wanted[key]!r})" for key in differing)
         raise ValueError(
             f"the logits in {path.parent} do not fit this run: {said}; choose another distill.cache_dir, or delete it"
         )
-
-
-def _check_inputs(inputs: Mapping[str, object]) -> None:
-    known = {"input_ids", "attention_mask", "position_ids"} | _SAME_AS_POSITIONS
-    unknown = sorted(key for key, value in inputs.items() if isinstance(value, Tensor) and key not in known)
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim != 2:
-        unknown.append(f"attention_mask of {mask.ndim} dimensions")
-    if inputs.get("position_ids") is None:
-        unknown += sorted(key for key in inputs if key in _SAME_AS_POSITIONS)
-    if unknown:
-        raise ValueError(
-            f"cached logits are found by tokens and positions alone, but the model is also given {', '.join(unknown)}; "
-            "set distill.cache_dir: null"
-        )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a tensor in the order of its values."""
-    array: Any = tensor.contiguous().numpy()
-    return memoryview(array).cast("B")
-
-
-def _host(value: object) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value.detach().cpu()

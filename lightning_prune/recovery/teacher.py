@@ -10,6 +10,7 @@ Source: self-teacher, arXiv 2407.14679 (the uncut parent); evaluation mode and n
 import copy
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 __all__ = ["Dtype", "Teacher", "fingerprint", "frozen", "self_teacher"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_SAMPLED = 64  # values per tensor in a fingerprint
 
 
 class Teacher:
@@ -99,17 +99,26 @@ def self_teacher(model: nn.Module, *, dtype: Dtype | None = None) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a short text that tells one teacher's weights from another's.
+    """Return a short text that tells one teacher from another: by every weight, and by its configuration if it has one.
 
-    It reads the names, shapes, dtypes and 64 evenly spaced values of every tensor.
+    The configuration says how the weights are read: the same ones with other rotary angles are another teacher.
     """
     digest = hashlib.blake2b(digest_size=16)
+    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    # What begins so is of the session: a path, a commit, the kernels.
+    said = {
+        name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"
+    }
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         if isinstance(value, Tensor) and value.numel() and value.device.type != "meta":
-            flat = value.detach().reshape(-1)
-            digest.update(str(flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].double().cpu().tolist()).encode())
+            digest.update(memoryview(_bytes_of(value)))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _accepted(model: nn.Module) -> frozenset[str] | None:

@@ -103,6 +103,7 @@ class TeacherTargets:
             vocab_size=options.num_tokens or num_logits,
             top_k=options.top_k,
             temperature=options.temperature,
+            dtype=options.teacher_dtype or "stored",
         )
         self.cache = LogitCache(options.cache_dir, header=header, rank=self._rank)
         return self.cache
