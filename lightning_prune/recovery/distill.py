@@ -14,6 +14,7 @@ Limits: encoder-decoders by logits alone. A loss that the caller sums over sever
 Shapes: B sequences, T tokens, S the same tokens as keys, N = B * T, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ from lightning_prune.recovery.teacher_targets import TeacherTargets, logits_of
 from lightning_prune.recovery.token_loss import IGNORED, cross_entropy_sum
 
 __all__ = ["Distill", "Distiller"]
+
+# What Transformers calls the losses over tokens of a vocabulary.
+_LANGUAGE_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
 
 
 class Distiller:
@@ -52,14 +56,24 @@ class Distiller:
     ) -> None:
         self.options = options
         source = Teacher(teacher, dtype=options.teacher_dtype, is_placed=is_placed)
+        self._teacher = source
         self._targets = TeacherTargets(options, source, teacher_id=teacher_id, rank=rank)
         self._token_loss = options.token_loss
+        self._label_smoothing = 0.0
+        self._num_taught = 0
         self._calls: StudentCalls | None = None
         self._model: nn.Module | None = None
         self._shifts = True
         self._means: dict[str, Tensor] = {}
 
-    def attach(self, model: nn.Module, *, replace_loss: bool, shifts_labels: bool | None = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        replace_loss: bool,
+        shifts_labels: bool | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
         """Set hooks on the student; attaching again detaches first.
 
         Args:
@@ -68,11 +82,15 @@ class Distiller:
                 calls `loss`.
             shifts_labels: whether a token's label is the next token. None decides by the model: not for
                 encoder-decoders and masked language models.
+            label_smoothing: of the trainer, for the cross-entropy, in [0, 1].
 
         Raises:
-            ValueError: if an option does not fit this kind of model.
+            ValueError: if an option does not fit this kind of model, or it is the teacher.
         """
         self.detach()
+        self._teacher.check_apart(model)
+        _check_speaks(model)
+        self._take_smoothing(label_smoothing)
         config = getattr(model, "config", None)
         is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         if is_encoder_decoder and (self.options.wanted or self.options.cache_dir):
@@ -83,10 +101,33 @@ class Distiller:
         # Transformers names the loss of a class so; there is no other mark of a masked language model.
         is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
         self._shifts = not (is_encoder_decoder or is_masked) if shifts_labels is None else shifts_labels
-        self._model = model
+        self._model, self._num_taught = model, 0
         self._calls = StudentCalls(
             model, wanted=self.options.wanted, replace_loss=self._loss_of_call if replace_loss else None
         )
+
+    def _take_smoothing(self, label_smoothing: float) -> None:
+        if label_smoothing and not self.options.ce_weight:
+            raise ValueError(
+                f"label smoothing ({label_smoothing}) softens the labels, but distill.ce_weight 0 leaves them out of "
+                "the loss; set distill.ce_weight above 0, or label_smoothing_factor to 0"
+            )
+        self._label_smoothing = label_smoothing
+        self._token_loss = dataclasses.replace(self.options.token_loss, label_smoothing=label_smoothing)
+
+    def check_taught(self) -> None:
+        """Check that the student has learned something; to be called after its first optimizer step.
+
+        Raises:
+            ValueError: if no gradient of the distillation's loss was taken since it was attached.
+        """
+        if not self._num_taught:
+            raise ValueError(
+                "recover.distill changes nothing in this training: an optimizer step was taken, but not the gradient "
+                "of the distillation's loss, because the trainer makes a loss of its own (as those for preferences and "
+                "rewards do, or a training_step that does not use output.loss); train with the model's own loss "
+                "(Trainer, SFTTrainer, output.loss), or leave out recover.distill"
+            )
 
     def detach(self) -> None:
         """Take the hooks off the student; harmless when there are none."""
@@ -115,7 +156,7 @@ class Distiller:
             return self._loss_of_call(call, outputs)
         logits_NV = logits_of(outputs).flatten(0, -2)
         labels_N = self._next_labels(labels, self._calls.shift_labels).to(logits_NV.device).flatten()
-        total = cross_entropy_sum(logits_NV, labels_N)
+        total = cross_entropy_sum(logits_NV, labels_N, label_smoothing=self._label_smoothing)
         return total / _divisor(num_items_in_batch, labels_N != IGNORED)
 
     def metrics(self) -> dict[str, float]:
@@ -125,7 +166,7 @@ class Distiller:
     def _loss_of_call(self, call: StudentCall, outputs: Any) -> Tensor:
         logits_BTV = logits_of(outputs)
         labels_BT = self._next_labels(call.labels, call.shift_labels).to(logits_BTV.device)
-        if labels_BT.shape != logits_BTV.shape[:-1]:
+        if labels_BT.shape != logits_BTV.shape[:-1] or labels_BT.ndim != 2:
             raise ValueError(
                 f"the labels have shape {tuple(labels_BT.shape)}, the logits {tuple(logits_BTV.shape)}; distillation "
                 "needs one row of logits per label (no logits_to_keep, no virtual tokens)"
@@ -144,7 +185,13 @@ class Distiller:
             counts_BT = labels_BT != IGNORED
             num_counting = counts_BT.sum().clamp_min(1)
             self._means = {name: value / num_counting for name, value in sums.items()}
-            return total / _divisor(call.num_items, counts_BT) + _router_loss(self._model, outputs)
+            loss = total / _divisor(call.num_items, counts_BT) + _router_loss(self._model, outputs)
+        if loss.requires_grad:
+            loss.register_hook(self._count)
+        return loss
+
+    def _count(self, grad: Tensor) -> None:
+        self._num_taught += 1
 
     def _next_labels(self, labels_BT: Tensor | None, shift_labels_BT: Tensor | None) -> Tensor:
         """Return the label of each row of logits."""
@@ -214,10 +261,10 @@ def _layers(outputs: Any, name: str, side: str) -> Sequence[Tensor]:
 
 
 def _divisor(num_items: Tensor | int | None, counts_BT: Tensor) -> Tensor | int:
-    """Return what a sum over tokens is divided by; a batch where none counts has loss zero."""
+    """Return what a sum over tokens is divided by; where none counts, 1, so that the loss is zero."""
     if num_items is None:
         return counts_BT.sum().clamp_min(1)
-    return num_items.to(counts_BT.device) if isinstance(num_items, Tensor) else num_items
+    return num_items.to(counts_BT.device).clamp_min(1) if isinstance(num_items, Tensor) else max(num_items, 1)
 
 
 def _router_loss(model: nn.Module | None, outputs: Any) -> Tensor | float:
@@ -226,6 +273,16 @@ def _router_loss(model: nn.Module | None, outputs: Any) -> Tensor | float:
     loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
     coefficient: float = getattr(config, "router_aux_loss_coef", 0.0)
     return coefficient * loss if isinstance(loss, Tensor) else 0.0
+
+
+def _check_speaks(model: nn.Module) -> None:
+    """Refuse a model that gives one answer per text, or labels that are no tokens."""
+    loss = getattr(model, "loss_type", None)
+    if isinstance(loss, str) and not loss.endswith(_LANGUAGE_LOSSES):
+        raise ValueError(
+            f"recover.distill teaches the next token, but {type(model).__name__} is no language model (its loss is "
+            f"{loss}); recover it without distill, by lora, retrain or further training"
+        )
 
 
 def _check_attention_dropout(config: object, options: Distill) -> None:

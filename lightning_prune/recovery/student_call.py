@@ -1,7 +1,9 @@
 """What a training call of the student was given, and what it returned besides logits: seen through hooks.
 
-A training call is one in training mode with gradients. The hooks ask for hidden states and attention where a
-distillation needs them, and take them out of what the caller sees if it did not ask itself.
+A training call is one with gradients: of a model in training mode, or in any mode where it is given labels and the loss
+in its output is replaced, since `from_pretrained` gives a model in evaluation mode and Lightning leaves it so. The
+hooks ask for hidden states and attention where a distillation needs them, and take them out of what the caller sees if
+it did not ask itself.
 """
 
 import inspect
@@ -63,6 +65,7 @@ class StudentCalls:
         self._signature = inspect.signature(model.forward)
         self._asked: frozenset[str] = frozenset()
         self._call: StudentCall | None = None
+        self._is_training = False
         self.shift_labels: Tensor | None = None
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(torch.compiler.disable(self._before), with_kwargs=True),
@@ -83,8 +86,8 @@ class StudentCalls:
         call, self._call = self._call, None
         if call is None:
             raise ValueError(
-                "distillation was asked for a loss, but the model it is attached to was not called in training mode "
-                "with gradients before; call it once per loss, and use DistributedDataParallel in place of DataParallel"
+                "distillation was asked for a loss, but the model it is attached to was not called with gradients "
+                "before; call it once per loss, and use DistributedDataParallel in place of DataParallel"
             )
         return call
 
@@ -94,9 +97,13 @@ class StudentCalls:
         if module is not self._model:  # a copy, as the self-teacher may be one
             return None
         self.shift_labels = kwargs.get("shift_labels")
-        if not (module.training and torch.is_grad_enabled()):
+        self._is_training = False
+        if not torch.is_grad_enabled():
             return None
         kwargs = self._by_name(args) | kwargs
+        if not (module.training or (self._replace_loss is not None and kwargs.get("labels") is not None)):
+            return None
+        self._is_training = True
         is_recomputed = torch._C._current_graph_task_id() != -1
         if is_recomputed and self._replace_loss is not None:
             raise ValueError(
@@ -114,7 +121,7 @@ class StudentCalls:
     def _read(self, kwargs: Mapping[str, Any]) -> StudentCall:
         if self._replace_loss is not None and kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
             raise ValueError(
-                "distillation replaces the model's loss, but the model was called in training mode without labels; "
+                "distillation replaces the model's loss, but the model was called with gradients but without labels; "
                 "pass labels with input_ids (-100 where a token does not count)"
             )
         if kwargs.get("input_ids") is None:
@@ -149,7 +156,7 @@ class StudentCalls:
         return {"decoder_input_ids": make(labels=kwargs["labels"])}
 
     def _after(self, module: nn.Module, args: object, output: Any) -> Any:
-        if module is not self._model or not (module.training and torch.is_grad_enabled()):
+        if module is not self._model or not self._is_training:
             return None
         if self._call is None or torch._C._current_graph_task_id() != -1:
             return self._without_extras(output)

@@ -50,6 +50,20 @@ class Teacher:
             self._accepted = _accepted(self._model)
         return self._model
 
+    def check_apart(self, student: nn.Module) -> None:
+        """Check that the student is not its own teacher, which would freeze it.
+
+        Raises:
+            ValueError: if the two share a weight.
+        """
+        if isinstance(self._source, nn.Module):
+            own = {id(parameter) for parameter in student.parameters()}
+            if any(id(parameter) in own for parameter in self._source.parameters()):
+                raise ValueError(
+                    "the teacher shares weights with the student, so it would be frozen and would learn from itself; "
+                    "give it a copy: lightning_prune.recovery.teacher.self_teacher(model)"
+                )
+
     @property
     def fingerprint(self) -> str:
         """Return a text that tells these weights from others; opens the model."""
@@ -104,7 +118,7 @@ def fingerprint(model: nn.Module) -> str:
     The configuration says how the weights are read: the same ones with other rotary angles are another teacher.
     """
     digest = hashlib.blake2b(digest_size=16)
-    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     # What begins so is of the session: a path, a commit, the kernels.
     said = {
         name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_prune.recovery.divergences import Divergence
 
-__all__ = ["IGNORED", "FullTargets", "TokenLoss", "TopTargets", "check_vocabulary", "cross_entropy_sum"]
+__all__ = ["IGNORED", "FullTargets", "TokenLoss", "TopTargets", "check_labels", "check_vocabulary", "cross_entropy_sum"]
 
 IGNORED = -100
 # Float32 values per chunk: what stays in the cache of a CPU core, and what keeps an accelerator busy.
@@ -78,6 +78,7 @@ class TokenLoss:
         scale: multiplies the divergence.
         ce_weight: of the cross-entropy, which is added.
         num_tokens: logits after these are left out on both sides; None takes all.
+        label_smoothing: share of the cross-entropy that goes to all tokens alike, as in Transformers' LabelSmoother.
     """
 
     divergence: Divergence
@@ -85,6 +86,7 @@ class TokenLoss:
     scale: float = 1.0
     ce_weight: float = 0.0
     num_tokens: int | None = None
+    label_smoothing: float = 0.0
 
     def __call__(
         self, logits_NV: Tensor, targets: FullTargets | TopTargets, labels_N: Tensor
@@ -101,11 +103,12 @@ class TokenLoss:
             sums over tokens in float32.
 
         Raises:
-            ValueError: if teacher and student speak of different vocabularies.
+            ValueError: if teacher and student speak of different vocabularies, or a label is outside.
         """
         if isinstance(targets, FullTargets):
             check_vocabulary(logits_NV.shape[-1], targets.logits_NV.shape[-1], self.num_tokens)
         total, kd, ce = _Sum.apply(logits_NV, targets, labels_N, self)
+        check_labels(labels_N, logits_NV[:, : self.num_tokens].shape[1])
         return total, kd, ce
 
 
@@ -133,9 +136,36 @@ def check_vocabulary(student: int, teacher: int, num_tokens: int | None) -> None
         )
 
 
-def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Return the ordinary cross-entropy, summed over the tokens whose label counts, in float32."""
-    return torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")
+def check_labels(labels_N: Tensor, num_tokens: int) -> None:
+    """Refuse labels that no logit belongs to; on an accelerator this waits for what is computed.
+
+    Args:
+        labels_N: token ids, -100 where a token does not count.
+        num_tokens: logits that are compared.
+
+    Raises:
+        ValueError: naming the first such label.
+    """
+    is_outside_N = (labels_N != IGNORED) & ((labels_N < 0) | (labels_N >= num_tokens))
+    if bool(is_outside_N.any()):
+        raise ValueError(
+            f"a label is {int(labels_N[is_outside_N][0])}, but {num_tokens} tokens are compared, so it must be 0 to "
+            f"{num_tokens - 1}, or {IGNORED} where a token does not count; does the tokenizer belong to the model?"
+        )
+
+
+def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the ordinary cross-entropy, summed over the tokens whose label counts, in float32.
+
+    Args:
+        logits_NV: in any float dtype.
+        labels_N: token ids, -100 where a token does not count.
+        label_smoothing: see `TokenLoss`.
+    """
+    check_labels(labels_N, logits_NV.shape[-1])
+    return torch.nn.functional.cross_entropy(
+        logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+    )
 
 
 class _Sum(torch.autograd.Function):
@@ -179,8 +209,11 @@ def _chunk(
     """Return the divergence and the cross-entropy of each row, and the gradient of their weighted sum."""
     logits_NV = logits_NV[:, : options.num_tokens]
     log_q_NV = _log_softmax(logits_NV, 1.0)
-    index_N1 = labels_N.clamp_min(0)[:, None]
+    # Kept inside, because an accelerator would stop at an index outside before `check_labels` could say which it is.
+    index_N1 = labels_N.clamp(0, logits_NV.shape[1] - 1)[:, None]
     ce_N = -log_q_NV.gather(1, index_N1)[:, 0]
+    if options.label_smoothing:
+        ce_N = torch.lerp(ce_N, -log_q_NV.mean(1), options.label_smoothing)
     grad_ce_NV = log_q_NV.exp() if options.ce_weight else None
     if options.temperature != 1.0:
         log_q_NV = _log_softmax(logits_NV, options.temperature)
@@ -192,8 +225,12 @@ def _chunk(
     if options.scale != options.temperature:
         grad_NV.mul_(options.scale / options.temperature)
     if grad_ce_NV is not None:
-        minus_one_N1 = torch.full_like(index_N1, -1.0, dtype=torch.float32)
-        grad_NV.add_(grad_ce_NV.scatter_add_(1, index_N1, minus_one_N1), alpha=options.ce_weight)
+        smoothing = options.label_smoothing
+        share_N1 = torch.full_like(index_N1, smoothing - 1.0, dtype=torch.float32)
+        grad_ce_NV.scatter_add_(1, index_N1, share_N1)
+        if smoothing:
+            grad_ce_NV.sub_(smoothing / logits_NV.shape[1])
+        grad_NV.add_(grad_ce_NV, alpha=options.ce_weight)
     return kd_N, ce_N, grad_NV
 
 

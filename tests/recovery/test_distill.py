@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LabelSmoother
 
 from lightning_prune.recovery.distill import Distill, Distiller
 from lightning_prune.recovery.divergences import JensenShannon
@@ -65,7 +67,8 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(replace_loss: bool) -> None
     close(loss, expected)
     close(gradients(student), grads)
     assert distiller.metrics()["kd"] == pytest.approx(expected.item(), rel=1e-5)
-    ordinary = student.eval()(input_ids=IDS, labels=LABELS).loss
+    with torch.no_grad():
+        ordinary = student(input_ids=IDS, labels=LABELS).loss
     assert distiller.metrics()["ce"] == pytest.approx(ordinary.item(), rel=1e-5)
     distiller.detach()
     close(student.train()(input_ids=IDS, labels=LABELS).loss, ordinary)
@@ -126,12 +129,111 @@ def test_evaluation_gives_the_ordinary_cross_entropy() -> None:
     distiller = Distiller(Distill(), teacher=teacher())
     expected = student(input_ids=IDS, labels=LABELS).loss
     distiller.attach(student, replace_loss=True)
-    close(student(input_ids=IDS, labels=LABELS).loss, expected)
+    with torch.no_grad():
+        close(student(input_ids=IDS, labels=LABELS).loss, expected)
+        close(distiller.loss(student(input_ids=IDS), LABELS), expected)
+        close(
+            distiller.loss(student(input_ids=IDS), LABELS, num_items_in_batch=7),
+            student(input_ids=IDS, labels=LABELS, num_items_in_batch=7).loss,
+        )
     close(distiller.loss(student(input_ids=IDS), LABELS), expected)
-    close(
-        distiller.loss(student(input_ids=IDS), LABELS, num_items_in_batch=7),
-        student(input_ids=IDS, labels=LABELS, num_items_in_batch=7).loss,
-    )
+
+
+def test_a_model_that_is_trained_in_evaluation_mode_learns_from_the_teacher() -> None:
+    student, taught = tiny_llama().eval(), teacher()
+    distiller = Distiller(Distill(), teacher=taught)
+    distiller.attach(student, replace_loss=True)
+    assert student(input_ids=IDS).logits.requires_grad  # a call without labels is left alone
+    loss = student(input_ids=IDS, labels=LABELS).loss
+    distiller.detach()
+    close(loss, reference(student, taught, IDS, LABELS))
+
+
+# What a trainer gives the loss when a whole optimizer step has nothing to learn: no count, none, or one micro-batch.
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), torch.tensor(7)])
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_a_batch_without_a_counted_label_gives_zero_loss_and_zero_gradient(num_items: Any, is_bf16: bool) -> None:
+    student = tiny_llama().train()
+    student.set_attn_implementation("eager")
+    taught = teacher()
+    taught.set_attn_implementation("eager")  # type: ignore[operator]
+    nothing = torch.full_like(IDS, -100)
+    for options in (
+        Distill(ce_weight=1.0, loss=JensenShannon(), temperature=2.0),
+        Distill(top_k=8, hidden=Hidden(distance=Relation()), attention=Attention()),
+        Distill(hidden=Hidden(embeddings=True), attention=Attention(weight=0.5)),
+    ):
+        distiller = Distiller(options, teacher=taught)
+        distiller.attach(student, replace_loss=False, label_smoothing=0.1 if options.ce_weight else 0.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
+            loss = distiller.loss(student(input_ids=IDS), nothing, num_items_in_batch=num_items)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(not grad.any() for grad in gradients(student))  # NaN would be true
+        assert set(distiller.metrics().values()) == {0.0}
+        distiller.check_taught()
+        distiller.detach()
+
+
+def test_label_smoothing_is_that_of_transformers() -> None:
+    student, taught = tiny_llama().train(), teacher()
+    smoother = LabelSmoother(epsilon=0.3)
+    output = student(input_ids=IDS)
+    expected = reference(student, taught, IDS, LABELS) + 0.5 * smoother(output, LABELS, shift_labels=True)
+    expected.backward()
+    grads = gradients(student)
+    distiller = Distiller(Distill(ce_weight=0.5), teacher=taught)
+    distiller.attach(student, replace_loss=False, label_smoothing=0.3)
+    loss = distiller.loss(student(input_ids=IDS), LABELS)
+    loss.backward()
+    close(loss, expected)
+    close(gradients(student), grads)
+    with torch.no_grad():
+        smoothed = distiller.loss(student(input_ids=IDS), LABELS)
+    close(smoothed, smoother(output, LABELS, shift_labels=True).detach())
+    with pytest.raises(ValueError, match=r"distill.ce_weight 0 leaves them out of the loss; set distill.ce_weight"):
+        Distiller(Distill(), teacher=taught).attach(student, replace_loss=False, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("label", [-1, 64, 1000])
+def test_a_label_outside_the_vocabulary_is_named(label: int) -> None:
+    student = tiny_llama().train()
+    labels = LABELS.clone()
+    labels[1, 3] = label
+    distiller = Distiller(Distill(), teacher=teacher())
+    distiller.attach(student, replace_loss=True)
+    with pytest.raises(ValueError, match=rf"a label is {label}, but 64 tokens are compared, so it must be 0 to 63"):
+        student(input_ids=IDS, labels=labels)
+    with pytest.raises(ValueError, match=rf"a label is {label}"), torch.no_grad():
+        distiller.loss(student(input_ids=IDS), labels)
+
+
+def test_a_loss_that_is_not_trained_on_is_an_error_after_the_first_step() -> None:
+    student = tiny_llama().train()
+    distiller = Distiller(Distill(), teacher=teacher())
+    distiller.attach(student, replace_loss=True)
+    output = student(input_ids=IDS, labels=LABELS)
+    output.logits.sum().backward()  # a loss of the program's own
+    with pytest.raises(ValueError, match=r"recover.distill changes nothing in this training"):
+        distiller.check_taught()
+    student(input_ids=IDS, labels=LABELS).loss.backward()
+    distiller.check_taught()
+    distiller.attach(student, replace_loss=True)  # another training begins
+    with pytest.raises(ValueError, match=r"recover.distill changes nothing in this training"):
+        distiller.check_taught()
+
+
+def test_a_classifier_and_a_student_that_is_its_own_teacher_are_refused() -> None:
+    student = tiny_llama().train()
+    for name in ("LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForQuestionAnswering"):
+        model = getattr(transformers, name)(student.config)
+        with pytest.raises(ValueError, match=rf"{name} is no language model .* recover it without distill"):
+            attached(Distill(), model)
+    with pytest.raises(ValueError, match="the teacher shares weights with the student"):
+        attached(Distill(), student, student)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    with pytest.raises(ValueError, match=r"the labels have shape \(4,\)"):
+        attached(Distill(), student).loss(student(input_ids=IDS), LABELS[:, 0])
 
 
 def test_shifted_labels_are_taken_as_they_are() -> None:
@@ -300,7 +402,7 @@ def test_models_that_do_not_fit_are_refused() -> None:
         attached(Distill(hidden=Hidden()), tiny_family("t5"))
     with pytest.raises(ValueError, match=r"drops entries of it in training \(attn_pdrop 0.1\)"):
         attached(Distill(attention=Attention()), tiny_family("gpt2"))
-    with pytest.raises(ValueError, match="was not called in training mode"):
+    with pytest.raises(ValueError, match="was not called with gradients"):
         attached(Distill(), student).loss(None, LABELS)
     distiller = attached(Distill(), student)
     with pytest.raises(ValueError, match="distillation needs labels"):

@@ -1,12 +1,14 @@
 """The teacher's logits on disk: what is stored comes back, under any order, batch size, process and kill."""
 
 import shutil
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_prune.recovery import logit_cache
 from lightning_prune.recovery.divergences import ForwardKL
 from lightning_prune.recovery.logit_cache import CacheHeader, LogitCache, Passages
 from lightning_prune.recovery.token_loss import FullTargets, TokenLoss, TopTargets
@@ -61,21 +63,128 @@ def test_passages_come_back_in_another_order_batch_size_and_padding(tmp_path: Pa
     one, two, three = texts(5, 3, 7)
     fill(tmp_path, [one, two, three])
     cache = LogitCache(tmp_path, header=header())
-    for inputs in (batch([three, one]), batch([two, one, two], left=True), {"input_ids": two[None]}):
+    for inputs in (batch([three, one]), batch([two, one, two]), as_bools(batch([one, two]))):
         assert_same(cache.get(Passages.of(inputs), device=CPU), inputs)
     assert cache.get(Passages.of(batch([one, two[:2]])), device=CPU) is None
 
 
-def test_texts_packed_into_one_row_are_found_by_themselves(tmp_path: Path) -> None:
+def as_bools(inputs: dict[str, object]) -> dict[str, object]:
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert isinstance(ids, Tensor)
+    assert isinstance(mask, Tensor)
+    return {"input_ids": ids.int(), "attention_mask": mask.bool()}
+
+
+def test_a_text_that_the_teacher_sees_otherwise_is_another_text() -> None:
     one, two = texts(5, 3)
-    packed: dict[str, object] = {
-        "input_ids": torch.cat([two, one])[None],
-        "position_ids": torch.cat([torch.arange(3), torch.arange(5)])[None],
+    ids = torch.cat([one, two])[None]
+    positions = torch.cat([torch.arange(5), torch.arange(3)])[None]
+    ones = torch.ones_like(ids)
+    hole = ones.clone()
+    hole[0, 2] = 0
+    ways: dict[str, dict[str, object]] = {
+        "one text": {"input_ids": ids},
+        "a mask of ones": {"input_ids": ids, "attention_mask": ones},
+        "a masked token": {"input_ids": ids, "attention_mask": hole},
+        "texts told apart by their mask": {"input_ids": ids, "attention_mask": ones + (positions == 0).cumsum(1)},
+        "packed": {"input_ids": ids, "position_ids": positions},
+        "packed, with a mask": {"input_ids": ids, "position_ids": positions, "attention_mask": ones},
+        "packed the other way round": {
+            "input_ids": ids.roll(3, 1),
+            "position_ids": torch.cat([torch.arange(3), torch.arange(5)])[None],
+        },
+        "moved": {"input_ids": ids, "position_ids": torch.arange(8)[None] + 4},
+        "boundaries": {"input_ids": ids, "position_ids": positions, "seq_idx": (positions == 0).cumsum(1).int()},
+        "cumulated lengths": {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": torch.tensor([0, 5, 8])},
+        "other lengths": {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": torch.tensor([0, 4, 8])},
+        "kinds of token": {"input_ids": ids, "token_type_ids": ones},
+        "an option": {"input_ids": ids, "is_causal": False},
+        "padded on the left": batch([torch.cat([one, two]), torch.ones(9)], left=True),
     }
-    cache = fill(tmp_path, [one, two])
-    assert_same(cache.get(Passages.of(packed), device=CPU), packed)
-    without_positions = {"input_ids": packed["input_ids"]}
-    assert cache.get(Passages.of(without_positions), device=CPU) is None
+    keys = {name: Passages.of(inputs).keys[0] for name, inputs in ways.items()}
+    assert len(set(keys.values())) == len(ways)
+
+
+def test_what_stands_behind_the_last_token_and_sizes_of_buffers_do_not_count() -> None:
+    (one,) = texts(5)
+    wide, narrow = Passages.of(batch([one, torch.ones(11)])), Passages.of(batch([one]) | {"max_length_q": 5})
+    assert wide.keys[0] == narrow.keys[0]
+    assert (wide.lengths, narrow.lengths) == ((5, 11), (5,))
+    nothing = Passages.of({"input_ids": one[None], "attention_mask": torch.zeros(1, 5)})
+    assert (nothing.keys, nothing.lengths, nothing.num_tokens, len(nothing.positions_M)) == ((), (), 5, 0)
+
+
+def test_an_entry_of_another_header_is_never_found(tmp_path: Path) -> None:
+    (one,) = texts(5)
+    fill(tmp_path / "a", [one])
+    LogitCache(tmp_path / "b", header=header(teacher="two"))
+    for path in (tmp_path / "a").glob("rank*"):
+        shutil.copy(path, tmp_path / "b")
+    assert LogitCache(tmp_path / "b", header=header(teacher="two")).get(Passages.of(batch([one])), device=CPU) is None
+
+
+@pytest.mark.parametrize("kind", ["*.data", "*.index"])
+def test_a_flipped_bit_anywhere_is_said_and_its_text_computed_anew(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = texts(2, 3)
+    fill(tmp_path, [one, two])
+    (path,) = tmp_path.glob(kind)
+    whole = path.read_bytes()
+    inputs = batch([one, two])
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        caplog.clear()
+        cache = LogitCache(tmp_path, header=header())
+        assert cache.get(Passages.of(inputs), device=CPU) is None
+        assert "is damaged" in caplog.text
+        cache.put(Passages.of(inputs), targets(inputs))
+        assert_same(cache.get(Passages.of(inputs), device=CPU), inputs)
+        (path.with_name("rank00000_00001.data")).unlink()
+        (path.with_name("rank00000_00001.index")).unlink()
+
+
+def test_a_text_stored_anew_is_found_by_others_beside_the_damaged_one(tmp_path: Path) -> None:
+    (one,) = texts(3)
+    inputs = batch([one])
+    fill(tmp_path, [one])
+    (data,) = tmp_path.glob("*.data")
+    data.write_bytes(b"x" + data.read_bytes()[1:])
+    other = LogitCache(tmp_path, header=header())
+    mender = LogitCache(tmp_path, header=header(), rank=1)
+    assert mender.get(Passages.of(inputs), device=CPU) is None
+    mender.put(Passages.of(inputs), targets(inputs))
+    assert other.get(Passages.of(inputs), device=CPU) is None  # it reads the damaged entry and forgets it
+    assert_same(other.get(Passages.of(inputs), device=CPU), inputs)
+
+
+def test_a_full_disk_is_said_once_and_what_is_stored_stays_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two, three = texts(4, 3, 2)
+    cache = fill(tmp_path, [one])
+    write = logit_cache._write_all
+
+    def full(file: FileIO, content: memoryview) -> None:
+        write(file, content[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logit_cache, "_write_all", full)
+    for row in (two, three):
+        cache.put(Passages.of(batch([row])), targets(batch([row])))
+    monkeypatch.undo()
+    cache.put(Passages.of(batch([three])), targets(batch([three])))
+    assert caplog.text.count("No space left on device") == 1
+    assert_same(cache.get(Passages.of(batch([one])), device=CPU), batch([one]))
+    assert LogitCache(tmp_path, header=header()).get(Passages.of(batch([two])), device=CPU) is None
+
+
+def test_a_damaged_header_and_runs_that_begin_at_once(tmp_path: Path) -> None:
+    fill(tmp_path, texts(3))
+    assert sorted(path.name for path in tmp_path.iterdir())[0] == "header.json"
+    (tmp_path / "header.json").write_text('{"teach')
+    with pytest.raises(ValueError, match=r"header.json is damaged, .* delete the folder"):
+        LogitCache(tmp_path, header=header())
 
 
 def test_processes_read_what_others_append_while_they_run(tmp_path: Path) -> None:
@@ -101,7 +210,7 @@ def test_a_kill_at_any_byte_loses_only_what_was_not_complete(tmp_path: Path) -> 
     one, two = texts(3, 2)
     fill(tmp_path / "whole", [one, two])
     (data,), (index,) = (list((tmp_path / "whole").glob(kind)) for kind in ("*.data", "*.index"))
-    per_token, entry = header().bytes_per_token, 32
+    per_token, entry = header().bytes_per_token, 48
     cuts = [(size, 0) for size in range(3 * per_token + 1)]
     cuts += [(3 * per_token, size) for size in range(1, entry + 1)]
     cuts += [(size, entry) for size in range(3 * per_token, 5 * per_token + 1)]
@@ -157,7 +266,8 @@ def test_half_precision_moves_the_loss_by_less_than_a_thousandth(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "changed", [{"teacher": "two"}, {"vocab_size": 41}, {"top_k": 5}, {"temperature": 2.0}, {"format": 2}]
+    "changed",
+    [{"teacher": "two"}, {"vocab_size": 41}, {"top_k": 5}, {"temperature": 2.0}, {"format": 3}, {"dtype": "bfloat16"}],
 )
 def test_a_cache_of_something_else_is_refused(tmp_path: Path, changed: dict[str, object]) -> None:
     fill(tmp_path, texts(3))
