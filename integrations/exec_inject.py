@@ -26,26 +26,28 @@ from typing import Any
 from lightning_prune.integrations.exec_process import run_process
 from lightning_prune.recipe import Recipe
 
-__all__ = ["EXIT_NOT_PRUNED", "add_callback", "run_exec"]
+__all__ = ["EXIT_NOT_AS_PROMISED", "EXIT_NOT_PRUNED", "add_callback", "run_exec"]
 
 EXIT_NOT_PRUNED = 3
+EXIT_NOT_AS_PROMISED = 4
 
 _RECIPE = "LIGHTNING_PRUNE_EXEC_RECIPE"  # packaged name or absolute path
 _MARKER = "LIGHTNING_PRUNE_EXEC_MARKER"  # file to which every process appends what happened
 _MODULES = "LIGHTNING_PRUNE_EXEC_MODULES"  # modules whose class Trainer gets the callback
 _HOME = "LIGHTNING_PRUNE_EXEC_HOME"  # folder to import this library from where the program's own path lacks it
 
-_CONSTRUCTED, _TRAINED = "constructed", "trained"
+_CONSTRUCTED, _TRAINED, _ENDED, _INTERRUPTED, _BROKEN = "constructed", "trained", "ended", "interrupted", "broken"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """Where the callback for one Trainer class lives, and which of its methods says that training begins."""
+    """Where the callback for one Trainer class lives, and its methods for both ends of a training."""
 
     module: str
     begin: str
+    end: str = "on_train_end"
 
 
 _ADAPTERS: Mapping[str, _Adapter] = {
@@ -64,7 +66,7 @@ def run_exec(recipe: str, command: Sequence[str]) -> int:
 
     Returns:
         The program's exit code, 128 + n if signal n ended it. `EXIT_NOT_PRUNED` if it succeeded but no Trainer with a
-        pruning callback trained.
+        pruning callback trained, `EXIT_NOT_AS_PROMISED` if one did, and a model or a file is not what the recipe says.
 
     Raises:
         ValueError: if the recipe is wrong, the command is empty or its executable cannot be found.
@@ -76,11 +78,26 @@ def run_exec(recipe: str, command: Sequence[str]) -> int:
         code = run_process(argv, _environment(recipe, marker))
         if code != 0:
             return code
-        events = set(marker.read_text(encoding="ascii").splitlines()) if marker.exists() else set()
-    if _TRAINED in events:
-        return 0
-    logger.error("nothing was pruned: %s", _explanation(shlex.join(command), was_constructed=_CONSTRUCTED in events))
-    return EXIT_NOT_PRUNED
+        marks = _marks(marker)
+    events = [event for event, _ in marks]
+    if _TRAINED not in events:
+        explanation = _explanation(shlex.join(command), was_constructed=_CONSTRUCTED in events)
+        logger.error("nothing was pruned: %s", explanation)
+        return EXIT_NOT_PRUNED
+    broken = list(dict.fromkeys(sentence for event, sentence in marks if event == _BROKEN))
+    last = next((event for event in reversed(events) if event in (_ENDED, _INTERRUPTED)), None)
+    if last != _ENDED:
+        broken.append("the last training was interrupted" if last else "a training began and its end was not seen")
+    if broken:
+        logger.error("the program ended well, but pruning did not end as promised: %s", "; ".join(broken))
+        return EXIT_NOT_AS_PROMISED
+    return 0
+
+
+def _marks(marker: Path) -> list[tuple[str, str]]:
+    """Return (event, sentence) in the order in which the processes wrote them."""
+    lines = marker.read_text(encoding="ascii").splitlines() if marker.exists() else []
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
 
 
 def add_callback(
@@ -114,9 +131,11 @@ def add_callback(
 
 @functools.cache
 def _callback_class(adapter: _Adapter) -> type:
-    """Import a callback class and let its instances, the program's own among them, mark that training begins."""
+    """Import a callback class and let its instances, the program's own among them, mark how a training goes."""
     callback_class: type = importlib.import_module(adapter.module).PruningCallback
-    begin = getattr(callback_class, adapter.begin)
+    begin, end = (getattr(callback_class, name) for name in (adapter.begin, adapter.end))
+    run_class: Any = importlib.import_module("lightning_prune.integrations.pruning_run").PruningRun
+    abort = run_class.abort
 
     @functools.wraps(begin)
     def begin_and_mark(*args: Any, **kwargs: Any) -> object:
@@ -124,14 +143,32 @@ def _callback_class(adapter: _Adapter) -> type:
         _mark(_TRAINED)
         return result
 
+    @functools.wraps(end)
+    def end_and_mark(callback: Any, *args: Any, **kwargs: Any) -> object:
+        result = end(callback, *args, **kwargs)
+        for sentence in callback.run.broken:
+            _mark(_BROKEN, sentence)
+        _mark(_ENDED)
+        return result
+
+    @functools.wraps(abort)
+    def abort_and_mark(run: Any) -> bool:
+        was_training: bool = abort(run)
+        if was_training:
+            _mark(_INTERRUPTED)
+        return was_training
+
     setattr(callback_class, adapter.begin, begin_and_mark)
+    setattr(callback_class, adapter.end, end_and_mark)
+    run_class.abort = abort_and_mark
     return callback_class
 
 
-def _mark(event: str) -> None:
+def _mark(event: str, sentence: str = "") -> None:
+    line = f"{event} {' '.join(sentence.split())}".strip().encode("ascii", "backslashreplace").decode()
     # The folder is gone when `run_exec` returned before this process ended: nobody is left to read the mark.
     with contextlib.suppress(FileNotFoundError), open(os.environ[_MARKER], "a", encoding="ascii") as marker:
-        marker.write(event + "\n")
+        marker.write(line + "\n")
 
 
 def _argv(command: Sequence[str]) -> list[str]:

@@ -1,9 +1,10 @@
 """Prune inside a Hugging Face `Trainer`: `Trainer(..., callbacks=[PruningCallback("train/gradual_magnitude")])`.
 
 Transformers keeps the state of callbacks as JSON of one rank, so masks and statistics go into a side file in the
-checkpoint folder; `trainer_state.json` holds its digest.
+checkpoint folder, see `hf_checkpoints`; `trainer_state.json` holds its digest.
 """
 
+import hashlib
 import inspect
 import json
 import logging
@@ -12,24 +13,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_prune import distributed
+from lightning_prune.hooks import unwrap_optimizer
 from lightning_prune.integrations.continued_rate import check_place, take_over_transformers
+from lightning_prune.integrations.hf_checkpoints import SIDE_FILE, has_optimizer, read_side_file, write_side_file
 from lightning_prune.integrations.pruning_run import PruningRun
+from lightning_prune.integrations.several_runs import check_beside, check_targets_apart
 from lightning_prune.recipe import Recipe
-from lightning_prune.saved_state import load_file
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
+
+    from lightning_prune.integrations.hf_train_call import watch
 except ImportError as error:
     raise ImportError('PruningCallback needs transformers: pip install "lightning_prune[hf]"') from error
 
 __all__ = ["SIDE_FILE", "PruningCallback", "calling_trainer"]
 
-SIDE_FILE = "lightning_prune.pt"
 logger = logging.getLogger(__name__)
 
 
@@ -45,13 +48,17 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def __init__(self, recipe: "str | Path | Recipe | dict[str, Any]") -> None:
         self.run = PruningRun(recipe)
+        self.saved_as, self.saved_digest = SIDE_FILE, ""
+        self._saved: dict[str, Any] = {}  # what a checkpoint of the step is to hold
+        self._written_at = -1  # the step whose checkpoint holds it
+        self._clock_at: int | None = None  # until a step was seen: where the clock stood
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Set half-written checkpoints aside, so that a resume takes the last whole one; change what is trained."""
-        if args.process_index == 0 and args.output_dir is not None:
-            _set_aside_half_written(Path(args.output_dir))
+        """Watch over the trainings of this Trainer; change what is trained."""
+        trainer, _ = calling_trainer()
+        watch(trainer, _let_go)
+        check_beside(self.run, [other.run for other in _callbacks(trainer) if other is not self])
         if self.run.recovery is not None:
-            trainer, _ = calling_trainer()
             model = self.run.prepare(trainer.model)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
             if self.run.recovery.options.learning_rate is not None:
@@ -62,9 +69,22 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Restore what the checkpoint holds, and attach."""
         trainer, resumed_from = calling_trainer()
+        watch(trainer, _let_go)
+        if self.run.sparsifier.is_attached:  # to a training that died inside `train`, which starts again in there
+            self.run.abort()
+        callbacks = _callbacks(trainer)
+        check_targets_apart([callback.run for callback in callbacks], kwargs["model"])
+        self.saved_as = SIDE_FILE if len(callbacks) == 1 else f"{Path(SIDE_FILE).stem}-{self._key()}.pt"
+        self._saved, self._written_at = {}, -1
         if state.global_step > 0:
-            folder = Path(resumed_from or _checkpoint_folder(args, state))
-            self.run.load_state_dict(_read_side_file(folder, state.global_step))
+            folder = Path(resumed_from or _checkpoint_folder(trainer))
+            self.run.load_state_dict(read_side_file(folder, self.saved_as, state.global_step))
+            if not has_optimizer(folder):
+                logger.warning(
+                    "%s holds no optimizer state (save_only_model?): training goes on with a new one, which is not "
+                    "the training without a pause",
+                    folder,
+                )
         self.run.start(
             kwargs["model"],
             [kwargs["optimizer"]],
@@ -73,19 +93,25 @@ class PruningCallback(TrainerCallback, ExportableState):
             log=lambda metrics: _log(trainer, metrics),
             eval_batches=None if trainer.eval_dataset is None else lambda: _eval_batches(trainer),
             takes_loss=lambda loss: _take_loss(trainer, loss),
+            saves_whole=False,
+            spare=args.output_dir,
         )
         check_place(kwargs.get("lr_scheduler"), state.global_step)
+        self._clock_at = self.run.sparsifier.step
+        self._announce_best(args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log what changed; when a checkpoint is about to be written, write the side file first."""
+        """Log what changed; when a checkpoint is about to be written, collect what it must hold."""
+        if self._clock_at is not None:
+            self._check_clock(kwargs["optimizer"])
         self.run.after_step()
-        self._save_if_due(args, state, control)
+        self._collect_if(control.should_save, state)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """When a checkpoint is about to be written, write the side file first."""
-        self._save_if_due(args, state, control)
+        """When a checkpoint is about to be written, collect what it must hold."""
+        self._collect_if(control.should_save, state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -94,14 +120,26 @@ class PruningCallback(TrainerCallback, ExportableState):
         is_ours = all(name.startswith("prune/") or name == "epoch" for name in logs or ())
         if logs and self.run.sparsifier.is_attached and not is_ours:
             self.run.observe(logs)
-            self._save_if_due(args, state, control)
+            self._collect_if(control.should_save, state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let checkpoints from before the last change of masks no longer count as the best."""
+        if not self.run.sparsifier.is_attached:
+            return
+        since = self.run.final_since()
+        if since is not None and state.best_global_step is not None and state.best_global_step < since:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._collect_if(args.save_strategy == "best", state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the side file of a checkpoint that was decided on only after an evaluation."""
-        folder = _checkpoint_folder(args, state)
-        is_missing = distributed.broadcast_number(float(not (folder / SIDE_FILE).exists()), args.device)
+        """Write the side file of a checkpoint that nobody announced."""
+        if not self.run.sparsifier.is_attached:
+            return
+        is_missing = distributed.broadcast_number(float(self._written_at != state.global_step), args.device)
         if is_missing:
-            self._write_side_file(args, state)
+            self._collect_if(True, state)
+            self._write(args, state, _checkpoint_folder(calling_trainer()[0]))
+        self._saved = {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,44 +150,87 @@ class PruningCallback(TrainerCallback, ExportableState):
             calling_trainer()[0].compute_loss_func = None
 
     def state(self) -> dict[str, Any]:
-        """Return what builds this callback again; masks are in the side file."""
-        return {"args": {"recipe": self.run.recipe.as_dict()}, "attributes": {}}
+        """Return what builds this callback again; inside a save, write the side file first.
 
-    def _save_if_due(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        if control.should_save:
-            self._write_side_file(args, state)
+        Transformers asks for it after it has written the model and before it writes `trainer_state.json`.
+        """
+        found = _saving_trainer()
+        attributes = {}
+        if found is not None and self.run.sparsifier.is_attached:
+            is_collected = self._saved.get("global_step") == found.state.global_step
+            if not distributed.is_active():  # else all ranks must collect together, and `on_save` does it
+                self._collect_if(not is_collected, found.state)
+            self._write(found.args, found.state, _checkpoint_folder(found))
+            if self._written_at == found.state.global_step:
+                attributes = {"saved_as": self.saved_as, "saved_digest": self.saved_digest}
+        return {"args": {"recipe": self.run.recipe.as_dict()}, "attributes": attributes}
 
-    def _write_side_file(self, args: TrainingArguments, state: TrainerState) -> None:
-        saved = {"global_step": state.global_step, "run": self.run.state_dict()}
-        if not args.should_save:
-            return
-        folder = _checkpoint_folder(args, state)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{SIDE_FILE}.partial"
-        torch.save(saved, partial)
-        os.replace(partial, folder / SIDE_FILE)
+    def _collect_if(self, is_due: bool, state: TrainerState) -> None:
+        if is_due:
+            self._saved = {"global_step": state.global_step, "run": self.run.state_dict()}
+
+    def _write(self, args: TrainingArguments, state: TrainerState, folder: Path) -> None:
+        if self._saved.get("global_step") == state.global_step and args.should_save:
+            write_side_file(folder, self.saved_as, **self._saved)
+            self.saved_digest = str(self._saved["run"]["sparsifier"]["digest"])
+            self._written_at = state.global_step
+
+    def _key(self) -> str:
+        """Return what tells this callback's side file from those of others: its targets, which do not meet theirs."""
+        targets = json.dumps(self.run.sparsifier.settings()["targets"], sort_keys=True, default=str)
+        return hashlib.sha256(targets.encode()).hexdigest()[:8]
+
+    def _check_clock(self, optimizer: Any) -> None:
+        """Refuse, at the first step that was not skipped, an optimizer whose steps torch does not see."""
+        has_stepped = self.run.sparsifier.step != self._clock_at
+        scaler = getattr(optimizer, "scaler", None)
+        if not has_stepped and scaler is None and not getattr(optimizer, "step_was_skipped", False):
+            inner = unwrap_optimizer(optimizer)
+            raise ValueError(
+                f"the Trainer took a step, but the step of {type(inner).__name__} was never called: an optimizer that "
+                "changes the weights in the backward pass (LOMO) cannot be pruned under; set optim to adamw_torch"
+            )
+        if has_stepped:
+            self._clock_at = None
+
+    def _announce_best(self, args: TrainingArguments) -> None:
+        is_monitored = args.load_best_model_at_end or args.save_strategy == "best" or args.metric_for_best_model
+        if is_monitored and self.run.sparsifier.step < self.run.last_step:
+            logger.warning(
+                "the best checkpoint by %s would be one that is hardly pruned, and save_total_limit would delete those "
+                "that are; so what was saved before step %d, the last of this schedule, no longer counts as the best "
+                "once a later one is evaluated. Evaluate and save after it, or train without load_best_model_at_end",
+                args.metric_for_best_model,
+                self.run.last_step,
+            )
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+def _callbacks(trainer: Trainer) -> list[PruningCallback]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PruningCallback)]
 
 
-def _read_side_file(folder: Path, global_step: int) -> dict[str, Any]:
-    path = folder / SIDE_FILE
-    if not path.exists():
-        raise ValueError(
-            f"training resumes at step {global_step} from {folder}, which holds no {SIDE_FILE}: it was saved without "
-            "this callback, or the file was lost. To prune from its weights on, load them as the model of a new "
-            "training; to resume a pruning, use a checkpoint that holds the file"
-        )
-    saved = load_file(str(path))
-    if saved.get("global_step") != global_step:
-        raise ValueError(
-            f"{path} belongs to step {saved.get('global_step')}, the checkpoint to step {global_step}; they were mixed "
-            "up: use an untouched checkpoint"
-        )
-    run: dict[str, Any] = saved["run"]
-    return run
+def _let_go(trainer: Trainer) -> None:
+    """Take everything of this library off a Trainer whose training has died."""
+    for callback in _callbacks(trainer):
+        callback.run.abort()
+        if callback.run.recovery is not None and callback.run.recovery.options.distill is not None:
+            trainer.compute_loss_func = None
+
+
+def _checkpoint_folder(trainer: Trainer) -> Path:
+    """Return where this step's checkpoint lies: trials of a search have folders of their own."""
+    return Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / f"checkpoint-{trainer.state.global_step}"
+
+
+def _saving_trainer() -> Trainer | None:
+    """Return the Trainer that is writing a checkpoint and has called this; None outside a save."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is Trainer._save_checkpoint.__code__:
+            found: Trainer = frame.f_locals["self"]
+            return found
+        frame = frame.f_back
+    return None
 
 
 def calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
@@ -194,28 +275,3 @@ def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
     due = control.should_log, control.should_evaluate, control.should_save
     Trainer.log(trainer, metrics)
     trainer.control.should_log, trainer.control.should_evaluate, trainer.control.should_save = due
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        if "PruningCallback" in state.get("stateful_callbacks", {}):
-            load_file(str(folder / SIDE_FILE))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _set_aside_half_written(output_dir: Path) -> None:
-    """Rename the newest checkpoints that a killed process left half-written."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if _is_whole(folder):
-            return
-        aside = folder.with_name(f"half-written-{folder.name}")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"half-written-{number}-{folder.name}")
-        folder.rename(aside)
-        logger.warning("%s is half-written: the process ended while saving it; renamed to %s", folder, aside.name)

@@ -4,16 +4,19 @@ Shapes: O output features, I input features.
 """
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lightning_prune import distributed, masks
-from lightning_prune.export.folder import check_free, new_folder
+from lightning_prune.export.folder import check_free, new_folder, write_note
 from lightning_prune.integrations.peft_layers import GuardedLoraLinear, MaskedLoraLinear, keep_of
 from lightning_prune.integrations.peft_lora import MASKS_NAME, lora_layers
 from lightning_prune.recovery.low_rank import effective_weight
@@ -21,9 +24,10 @@ from lightning_prune.report import measure
 from lightning_prune.targets import Targets
 from lightning_prune.types import Report
 
-__all__ = ["check_merge", "export_adapter", "measure_merged", "merge", "merged_state"]
+__all__ = ["base_state", "check_merge", "export_adapter", "measure_merged", "merge", "merged_state", "write_beside"]
 
 logger = logging.getLogger(__name__)
+_IN_BASE = re.compile(r"(\.base_layer|\.original_module)+\.")
 
 
 def check_merge(wrapped: PeftModel) -> None:
@@ -131,6 +135,47 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
+def base_state(wrapped: nn.Module, state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model below its adapters, and its weights as if adapters had never been there.
+
+    Args:
+        wrapped: a `PeftModel`, or a model that PEFT has put adapters into.
+        state: its whole state.
+    """
+    base: nn.Module = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
+    start = next(f"{name}." if name else "" for name, module in wrapped.named_modules() if module is base)
+    added = {
+        f"{start}{name}"
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    result = {}
+    for key, tensor in state.items():
+        owner = next((owner for owner in _owners(key) if owner in added), None)
+        if key.startswith(start) and (owner is None or _IN_BASE.search(key[len(owner) :])):
+            result[_IN_BASE.sub(".", key.removeprefix(start))] = tensor
+    return base, result
+
+
+def write_beside(wrapped: Any, folder: Path, *, base_folder: str, state: Mapping[str, Tensor]) -> None:
+    """Write the adapters of a model into a folder that names the model they belong to."""
+    folder.mkdir()
+    configs = wrapped.peft_config.values()
+    before = [config.base_model_name_or_path for config in configs]
+    for config in configs:
+        config.base_model_name_or_path = base_folder
+    try:
+        wrapped.save_pretrained(str(folder), state_dict=dict(state))
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config.base_model_name_or_path = name
+
+
+def _owners(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+
+
 def _merged_weight(name: str, layer: Any, weight: Tensor, state: Mapping[str, Tensor], adapter: str) -> Tensor:
     if adapter not in layer.lora_A:
         return weight
@@ -161,7 +206,13 @@ def _num_zeros(keep: Tensor) -> int:
 
 
 def export_adapter(
-    wrapped: PeftModel, out_dir: str, *, state: Mapping[str, Tensor] | None = None, tokenizer: Any = None
+    wrapped: PeftModel,
+    out_dir: str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    recipe: Mapping[str, object] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the adapter alone into a new folder, and beside it the masks it was trained with, one bit per weight.
 
@@ -170,6 +221,8 @@ def export_adapter(
         out_dir: a folder that does not exist yet or is empty.
         state: its whole state, for a model that is sharded.
         tokenizer: anything with `save_pretrained`, or None.
+        recipe: the recipe as plain values, for `sparsity.json`.
+        overwrite: see `check_free`.
 
     Returns:
         the folder.
@@ -177,7 +230,7 @@ def export_adapter(
     Raises:
         ValueError: if the folder is not empty.
     """
-    check_free(out_dir)
+    check_free(out_dir, overwrite=overwrite)
     tensors = wrapped.state_dict() if state is None else state
     held = {}
     for name, layer in lora_layers(wrapped):
@@ -185,11 +238,12 @@ def export_adapter(
             mask = layer.mask_of(layer.get_base_layer().weight)
             keep = tensors[f"{name}.base_layer.weight"] != 0 if mask is None else mask
             held[f"{name.removeprefix('base_model.model.')}.weight"] = keep
-    with new_folder(out_dir) as folder:
+    with new_folder(out_dir, overwrite=overwrite) as folder:
         wrapped.save_pretrained(str(folder), state_dict=dict(tensors))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if held:
             packed = {name: {"bits": masks.pack(keep).cpu(), "shape": list(keep.shape)} for name, keep in held.items()}
             torch.save(packed, folder / MASKS_NAME)
+        write_note(folder, report=None, recipe=recipe)
     return Path(out_dir).expanduser()

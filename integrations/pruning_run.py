@@ -13,15 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune import distributed, report_page
-from lightning_prune.export.dense import export_dense
-from lightning_prune.export.folder import check_free
-from lightning_prune.export.huggingface import check_huggingface, export_huggingface
-from lightning_prune.export.plan_note import num_parameters, plan_note
+from lightning_prune.export.folder import check_writable, write_errors
 from lightning_prune.granularity import Channel
 from lightning_prune.integrations.language_model import check_answers_tasks, language_model
 from lightning_prune.integrations.recovery_run import Batches, RecoveryRun
-from lightning_prune.recipe import Export, Recipe
-from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
+from lightning_prune.integrations.run_export import RunExport
+from lightning_prune.recipe import Recipe
+from lightning_prune.structured.cut_zeros import check_masks_cut_units
 from lightning_prune.targets import clean_name
 from lightning_prune.types import Report
 
@@ -29,6 +27,11 @@ __all__ = ["PruningRun"]
 
 logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, float]], None]
+_SPARE = "lightning_prune_export"  # in the trainer's folder
+
+
+def _log_nothing(metrics: dict[str, float]) -> None:
+    """Stand in for a trainer's log where there is no trainer."""
 
 
 def _whole_copy(model: nn.Module) -> dict[str, Tensor]:
@@ -51,10 +54,14 @@ class PruningRun:
         self.recipe = Recipe.load(recipe)
         self.sparsifier = self.recipe.sparsifier()
         self.recovery = None if self.recipe.recover is None else RecoveryRun(self.recipe, self.sparsifier)
+        self.export = RunExport(self.recipe, self.recovery)
         self.evaluations: list[dict[str, Any]] = []
+        self.broken: tuple[str, ...] = ()  # in what the model and the files are not as promised, known at the end
+        self.last_step = 0  # of the schedule in this training
         self._model: nn.Module | None = None
         self._tokenizer: Any = None
-        self._log: Log = lambda metrics: None
+        self._spare: str | Path | None = None
+        self._log: Log = _log_nothing
         self._num_logged = -1
         self._last_evaluated = -1
         self._notes: list[str] = []
@@ -62,8 +69,6 @@ class PruningRun:
             raise ValueError("shrink.zeros has no effect without a folder for the smaller model; set export.dir")
         if self.recipe.report.dir is not None:
             report_page.check_requirements()
-        if self.recipe.export is not None and self.recipe.export.dir is not None:
-            check_free(self.recipe.export.dir)
         if self.recipe.evaluate is not None:
             self._harness().check_tasks(list(self.recipe.evaluate.tasks), self.recipe.evaluate.include_path)
 
@@ -92,6 +97,8 @@ class PruningRun:
         log: Log,
         eval_batches: Batches | None = None,
         takes_loss: Callable[[Any], None] | None = None,
+        saves_whole: bool = True,
+        spare: str | Path | None = None,
     ) -> None:
         """Evaluate the dense model if asked to, then hold masks; collective.
 
@@ -103,12 +110,16 @@ class PruningRun:
             log: sends metrics to the trainer's logger.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
             takes_loss: hands the trainer a loss function; None for one that trains on the model's own loss.
+            saves_whole: whether the trainer's checkpoints hold the weights below adapters.
+            spare: a folder of the trainer's, for an export that cannot be written where it should go.
         """
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
-        self._notes = []
+        self._notes, self.broken, self._spare = [], (), spare
         self._check_shrink(model)
         self._check_language_model(model)
+        self._check_folders(model, saves_whole=saves_whole)
+        self.last_step = self.sparsifier.schedule.resolve(total_steps)[1]
         is_new = not self.sparsifier.is_restoring
         if self.recovery is not None:
             self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
@@ -135,8 +146,10 @@ class PruningRun:
             parent: the dense model, for a recipe that refits a model that comes pruned.
         """
         self._model, self._tokenizer = model, tokenizer
+        self._notes, self.broken = [], ()
         self._check_shrink(model)
         self._check_language_model(model)
+        self._check_folders(model, saves_whole=True)
         self._evaluate_dense(model)
         dense = {} if self.recovery is None else _whole_copy(model if parent is None else parent)
         self.sparsifier.prune_once(model, batches)
@@ -146,13 +159,21 @@ class PruningRun:
             self._notes += refitted.notes
             before, after = (sum(getattr(t, end) for t in refitted.targets) for end in ("before", "after"))
             self._notes.append(f"refitted: squared output error {after / max(before, 1e-30):.3g} of that before")
-        self._conclude()
+        self._conclude(has_trained=False)
+        if self.broken:
+            raise ValueError("; ".join(self.broken))
         return self.report()
 
     def report(self) -> Report:
         """Return what was pruned, and what became of it in the export."""
         report = self.sparsifier.report()
-        return dataclasses.replace(report, notes=(*report.notes, *self._notes))
+        return dataclasses.replace(report, notes=(*report.notes, *self._notes, *self.export.notes))
+
+    def final_since(self) -> int | None:
+        """Return the step since which the masks are what the whole schedule has made of them; None before its end."""
+        if not self.sparsifier.is_finished and self.sparsifier.step < self.last_step:
+            return None
+        return max((int(entry["step"]) for entry in self.sparsifier.history if "sparsity" in entry), default=0)
 
     def _evaluate_dense(self, model: nn.Module) -> None:
         self.evaluations.clear()
@@ -185,10 +206,11 @@ class PruningRun:
             )
         if options is not None and found is not None:
             check_answers_tasks(found)
-        export = self.recipe.export
-        if export is not None and export.dir is not None and export.format == "huggingface":
-            merges = self.recovery is not None and self.recovery.has_lora
-            check_huggingface(model if found is None else found, export.dir, merges=merges)
+
+    def _check_folders(self, model: nn.Module, *, saves_whole: bool) -> None:
+        self.export.check(model, saves_whole=saves_whole)
+        if self.recipe.report.dir is not None and distributed.is_first_rank():
+            check_writable(self.recipe.report.dir)
 
     def _check_shrink(self, model: nn.Module) -> None:
         """Check that the masks of this recipe can end in a smaller model."""
@@ -247,100 +269,109 @@ class PruningRun:
         self._log({f"prune/{task}/{name}": v for task, metrics in results.items() for name, v in metrics.items()})
 
     def finish(self) -> None:
-        """Let go of the model, evaluate, write report and export; collective. Call it when training has ended."""
+        """Let go of the model, evaluate, write report and export; collective. Call it when training has ended.
+
+        What cannot be written does not end the program, which still has the trained model: it is said, and in `broken`.
+
+        Raises:
+            ValueError: if no optimizer step was taken, or masked units cannot be cut.
+        """
         if not self.sparsifier.is_attached:
             return
         self.sparsifier.detach()
+        self.broken = self.sparsifier.broken
         self._log(self.sparsifier.report().metrics())
-        self._conclude()
-
-    def _conclude(self) -> None:
-        has_tasks = self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at
-        if has_tasks:
-            self._evaluate("after", self.sparsifier.report())
-        if self.recovery is not None and self._model is not None:
-            self.recovery.measure("recovered", self._model, self._last_results() if has_tasks else {})
-            self.recovery.finish()
-        try:
-            self._export()
-        finally:
+        if self.sparsifier.step == 0:
             self._write_report()
-        self._model = None
+            self._let_go()
+            raise ValueError(f"nothing was pruned: {'; '.join(self.broken)}")
+        self._conclude(has_trained=True)
 
-    def abort(self) -> None:
-        """Let go of the model after an error or an interruption; the report shows what was reached."""
+    def _conclude(self, *, has_trained: bool) -> None:
+        has_tasks = self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at
+        try:
+            if has_tasks:
+                self._evaluate("after", self.sparsifier.report())
+            if self.recovery is not None and self._model is not None:
+                self.recovery.measure("recovered", self._model, self._last_results() if has_tasks else {})
+                self.recovery.finish()
+        finally:
+            try:
+                self._export(has_trained=has_trained)
+            finally:
+                self._write_report()
+                self._let_go()
+
+    def abort(self) -> bool:
+        """Let go of the model after an error or an interruption; the report shows what was reached.
+
+        Returns:
+            whether there was anything to let go of.
+        """
+        was_training = self.sparsifier.is_attached
         if self.recovery is not None:
             self.recovery.stop()
-        if self.sparsifier.is_attached:
+        if was_training:
             self.sparsifier.detach(has_failed=True)
+            self.broken = ("the training was interrupted", *self.sparsifier.broken)
             self._write_report()
+        self._let_go()
+        return was_training
+
+    def _let_go(self) -> None:
+        """Keep nothing of a trainer that is gone."""
+        self._model, self._log = None, _log_nothing
+
+    def _break(self, sentence: str) -> None:
+        self.broken += (sentence,)
+        self._notes.append(sentence)
+        logger.error("%s", sentence)
 
     def _write_report(self) -> None:
-        if self.recipe.report.dir is not None and distributed.is_first_rank():
+        """Write the report; a training that has ended is not lost over a page that cannot be written."""
+        if self.recipe.report.dir is None or not distributed.is_first_rank():
+            return
+        try:
             page = report_page.write_report(
-                self.recipe.report.dir,
+                Path(self.recipe.report.dir).expanduser(),
                 report=self.report().as_dict(),
                 history=self.sparsifier.history,
                 evaluations=self.evaluations,
                 recipe_text=self.recipe.dump(),
                 recovery=None if self.recovery is None else self.recovery.report().as_dict(),
             )
+        except (OSError, ValueError, RuntimeError) as error:
+            self._break(f"the report could not be written to {self.recipe.report.dir}: {error}")
+        else:
             logger.info("report: %s", page)
 
-    def _export(self) -> None:
-        options, model = self.recipe.export, self._model
-        if options is None or options.dir is None:
+    def _export(self, *, has_trained: bool) -> None:
+        """Write the model; after a training, to a folder of the trainer's if it cannot go where it should."""
+        model = self._model
+        if model is None:
             return
-        assert model is not None
-        found = language_model(model)
-        has_lora = self.recovery is not None and self.recovery.has_lora
-        is_huggingface = options.format == "huggingface" or has_lora
-        exported = found if is_huggingface and found is not None else model
-        state = distributed.whole_state_dict(exported)
-        if not distributed.is_first_rank():
+        error = self._try_export(self.export, model)
+        has_written = distributed.agree(error is None, next(model.parameters()).device)
+        if error is not None and not has_trained:
+            raise error
+        if has_written:
             return
-        if options.format == "adapter" and self.recovery is not None:
-            self.recovery.export_adapter(exported, options.dir, state=state, tokenizer=self._tokenizer)
-            return
-        if has_lora and self.recovery is not None:
-            exported, state = self.recovery.merged(exported, state)
-        if self.recipe.shrink is not None:
-            self._export_smaller(exported, state, options.dir)
-            return
-        self._export_whole(exported, state, options)
-
-    def _export_whole(self, exported: nn.Module, state: Mapping[str, Tensor], options: Export) -> None:
-        assert options.dir is not None
-        has_lora = self.recovery is not None and self.recovery.has_lora
-        report = self.report()
-        if has_lora and self.recovery is not None:
-            report = self.recovery.merged_report(exported, state, report)
-        common: Any = {"state_dict": state, "report": report, "recipe": self.recipe.as_dict()}
-        if options.format == "huggingface":
-            export_huggingface(exported, options.dir, tokenizer=self._tokenizer, merges=has_lora, **common)
+        spare = None if self._spare is None else Path(self._spare) / _SPARE
+        self._break(f"the export could not be written to {self.export.folder}: {error}")
+        if spare is not None and self._try_export(self.export.moved(spare), model) is None:
+            self._break(f"the export was written to {spare} instead")
         else:
-            export_dense(exported, options.dir, **common)
-        logger.info("exported: %s", options.dir)
+            self._break("the pruned weights are in memory alone: save them with the trainer or the model")
 
-    def _export_smaller(self, masked: nn.Module, state: Mapping[str, Tensor], folder: str) -> None:
-        """Write the model without its masked units; if they cannot be cut, the masked model, and say so.
-
-        Raises:
-            ValueError: if the units cannot be cut.
-        """
-        before = num_parameters(masked)
+    def _try_export(self, export: RunExport, model: nn.Module) -> BaseException | None:
+        """Write the model, and return what the disk had against it; raise what is the model's fault."""
         try:
-            small, plan = cut_zeros(masked, state)
-        except (ValueError, RuntimeError) as error:
-            self._notes.append(f"not shrunk: {error}")
-            self._export_whole(masked, state, Export(format="huggingface", dir=folder))
-            raise ValueError(f"{error}; {folder} holds the masked model in its full shape") from error
-        after = num_parameters(small)
-        self._notes += [*plan.method["notes"], f"shrunk: {before} parameters before, {after} after"]
-        counts = {"parameters": {"before": before, "after": after}}
-        note = plan_note(plan, parent=masked, repaired=True, metrics=counts, recipe=self.recipe.as_dict())
-        export_huggingface(small, folder, tokenizer=self._tokenizer, plan_note=note)
-        logger.info("shrunk from %d to %d parameters; exported: %s", before, after, folder)
+            difference = export.write(model, self.report(), tokenizer=self._tokenizer)
+        except write_errors() as error:
+            return error
+        if difference is not None:
+            self._break(difference)
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain values and tensors; collective."""

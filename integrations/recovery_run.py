@@ -131,9 +131,9 @@ class RecoveryRun:
         """Return whether adapters are trained."""
         return self.options.lora is not None
 
-    def export_adapter(self, wrapped: nn.Module, folder: str, *, state: Mapping[str, Tensor], tokenizer: Any) -> None:
-        """Write the adapter and its masks into a new folder."""
-        logger.info("exported: %s", _merging().export_adapter(wrapped, folder, state=state, tokenizer=tokenizer))
+    def export_adapter(self, wrapped: nn.Module, folder: str, **options: Any) -> None:
+        """Write the adapter and its masks into a new folder; options are those of `peft_merge.export_adapter`."""
+        logger.info("exported: %s", _merging().export_adapter(wrapped, folder, **options))
 
     def merged(self, wrapped: nn.Module, state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return the model below the adapters, and its tensors with the adapters merged."""

@@ -25,6 +25,7 @@ def export_dense(
     state_dict: Mapping[str, Tensor] | None = None,
     report: Report | None = None,
     recipe: Mapping[str, object] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the weights of a model into a new folder.
 
@@ -34,6 +35,7 @@ def export_dense(
         state_dict: whole tensors to write in place of the model's own, for a sharded model.
         report: what was pruned, for `sparsity.json`.
         recipe: the recipe as plain values, for `sparsity.json`.
+        overwrite: see `check_free`.
 
     Returns:
         The file with the weights.
@@ -42,7 +44,7 @@ def export_dense(
         ValueError: if the folder is not empty.
     """
     tensors = _whole_tensors(model.state_dict() if state_dict is None else state_dict)
-    with new_folder(out_dir) as folder:
+    with new_folder(out_dir, overwrite=overwrite) as folder:
         if importlib.util.find_spec("safetensors") is None:
             name = "model.pt"
             torch.save(tensors, folder / name)

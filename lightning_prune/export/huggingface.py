@@ -1,6 +1,6 @@
 """Write a model as a Hugging Face folder that stock `from_pretrained` loads, zeros included."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,21 @@ from lightning_prune.types import Report
 __all__ = ["check_huggingface", "export_huggingface"]
 
 
-def check_huggingface(model: nn.Module, out_dir: str | PathLike[str], *, merges: bool = False) -> None:
+def check_huggingface(
+    model: nn.Module, out_dir: str | PathLike[str], *, merges: bool = False, overwrite: bool = False
+) -> None:
     """Check, before any work is done, that `export_huggingface` can write this model there.
 
     Args:
         model: a model with `save_pretrained`.
         out_dir: a folder that does not exist yet or is empty.
-        merges: whether the tensors to write have its adapters merged into them.
+        merges: whether the tensors to write are those of the model without its adapters.
+        overwrite: see `check_free`.
 
     Raises:
         ValueError: if the folder is not empty, or the model cannot be written in this form.
     """
-    check_free(out_dir)
+    check_free(out_dir, overwrite=overwrite)
     if not callable(getattr(model, "save_pretrained", None)):
         raise ValueError(
             f"export format huggingface needs save_pretrained, which {type(model).__name__} lacks; use format dense"
@@ -46,6 +49,8 @@ def export_huggingface(
     recipe: Mapping[str, object] | None = None,
     plan_note: Mapping[str, object] | None = None,
     merges: bool = False,
+    overwrite: bool = False,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write model, tokenizer, `sparsity.json` and `lightning_prune.json` into a new folder.
 
@@ -57,7 +62,9 @@ def export_huggingface(
         report: what was pruned, for `sparsity.json`.
         recipe: the recipe as plain values, for `sparsity.json`.
         plan_note: what was cut, for `lightning_prune.json`; None if nothing was.
-        merges: whether `state_dict` has the adapters of the model merged into it.
+        merges: whether `state_dict` is that of the model without its adapters, merged or left out.
+        overwrite: see `check_free`.
+        beside: writes more into the folder.
 
     Returns:
         The folder.
@@ -65,13 +72,15 @@ def export_huggingface(
     Raises:
         ValueError: if the folder is not empty, or the model cannot be written in this form.
     """
-    check_huggingface(model, out_dir, merges=merges)
+    check_huggingface(model, out_dir, merges=merges, overwrite=overwrite)
     save: Any = model.save_pretrained
-    with new_folder(out_dir) as folder:
+    with new_folder(out_dir, overwrite=overwrite) as folder:
         save(folder) if state_dict is None else save(folder, state_dict=dict(state_dict))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_note(folder, report=report, recipe=recipe)
         if plan_note is not None:
             write_plan_note(folder, plan_note)
+        if beside is not None:
+            beside(folder)
     return Path(out_dir).expanduser()

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_prune import cli
-from lightning_prune.integrations import exec_inject
-from lightning_prune.integrations.exec_inject import EXIT_NOT_PRUNED, add_callback, run_exec
+from lightning_prune.integrations import exec_inject, pruning_run
+from lightning_prune.integrations.exec_inject import EXIT_NOT_AS_PROMISED, EXIT_NOT_PRUNED, add_callback, run_exec
 from tests.integrations import training_programs as programs
 from tests.integrations.training_programs import differences, exec_command, run, zeros
 
@@ -250,9 +251,17 @@ def test_program_without_trainer_is_an_error_and_pays_nothing(
 
 @pytest.mark.parametrize(
     ("events", "code", "message"),
-    [("constructed", EXIT_NOT_PRUNED, "did not train it"), ("constructed\\ntrained", 0, "")],
+    [
+        ("", EXIT_NOT_PRUNED, "no Trainer of transformers or Lightning was seen in it"),
+        ("constructed", EXIT_NOT_PRUNED, "did not train it"),
+        ("trained", EXIT_NOT_AS_PROMISED, "a training began and its end was not seen"),
+        ("trained\\nended", 0, ""),
+        ("trained\\nbroken half as sparse\\nended", EXIT_NOT_AS_PROMISED, "did not end as promised: half as sparse"),
+        ("trained\\nended\\ntrained\\ninterrupted", EXIT_NOT_AS_PROMISED, "the last training was interrupted"),
+        ("trained\\ninterrupted\\ntrained\\nended", 0, ""),
+    ],
 )
-def test_only_training_counts(
+def test_only_a_training_that_ended_as_promised_counts(
     recipe: str, events: str, code: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     text = f"import os; open(os.environ['LIGHTNING_PRUNE_EXEC_MARKER'], 'a').write('{events}')"
@@ -330,3 +339,66 @@ def test_callback_is_not_added_twice() -> None:
 @pytest.mark.usefixtures("_fake_adapter")
 def test_wrong_arguments_are_left_to_the_trainer() -> None:
     assert added("model", [], "surplus", rate=1) == (("model", [], "surplus"), {"rate": 1})
+
+
+# What a program below is told
+
+
+def test_environment_of_the_program(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/theirs")
+    found = exec_inject._environment("recipe.yaml", tmp_path / "marker")
+    site = str(Path(exec_inject.__file__).resolve().parent / "exec_site")
+    assert found["PYTHONPATH"] == os.pathsep.join([site, "/theirs"])
+    assert found["LIGHTNING_PRUNE_EXEC_RECIPE"] == recipe  # another folder may be the program's
+    assert found["LIGHTNING_PRUNE_EXEC_MARKER"] == str(tmp_path / "marker")
+    assert "transformers.trainer" in found["LIGHTNING_PRUNE_EXEC_MODULES"].split(os.pathsep)
+    assert (Path(found["LIGHTNING_PRUNE_EXEC_HOME"]) / "lightning_prune" / "recipe.py").exists()
+    assert found["HOME"] == os.environ["HOME"]
+    monkeypatch.delenv("PYTHONPATH")
+    packaged = exec_inject._environment("train/gradual_magnitude", tmp_path / "marker")
+    assert packaged["PYTHONPATH"] == site
+    assert packaged["LIGHTNING_PRUNE_EXEC_RECIPE"] == "train/gradual_magnitude"
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.is_training, self.broken = False, ()
+
+    def abort(self) -> bool:
+        was_training, self.is_training = self.is_training, False
+        return was_training
+
+
+class FakeAdapter:
+    def __init__(self, broken: tuple[str, ...] = ()) -> None:
+        self.run, self.ends_as = FakeRun(), broken
+
+    def on_train_begin(self, number: int) -> int:
+        self.run.is_training = True
+        return number
+
+    def on_train_end(self, number: int) -> int:
+        self.run.is_training, self.run.broken = False, self.ends_as
+        return number
+
+
+def test_callbacks_mark_how_a_training_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "marker"
+    monkeypatch.setenv("LIGHTNING_PRUNE_EXEC_MARKER", str(marker))
+    monkeypatch.setattr(pruning_run, "PruningRun", FakeRun)
+    monkeypatch.setitem(sys.modules, "an_adapter", SimpleNamespace(PruningCallback=FakeAdapter))
+    callback_class = exec_inject._callback_class(exec_inject._Adapter("an_adapter", "on_train_begin"))
+    one = callback_class(broken=("few zeros,\nas a \u201cstream\u201d ended", "no report"))
+    assert (one.on_train_begin(3), one.on_train_end(4)) == (3, 4)
+    other = callback_class()
+    other.on_train_begin(1)
+    assert (other.run.abort(), other.run.abort()) == (True, False)
+    assert marker.read_text(encoding="ascii").splitlines() == [
+        "trained",
+        "broken few zeros, as a \\u201cstream\\u201d ended",
+        "broken no report",
+        "ended",
+        "trained",
+        "interrupted",
+    ]

@@ -118,20 +118,36 @@ def test_a_guard_that_acts_when_a_checkpoint_is_saved_resumes_exactly(tmp_path: 
     assert_same_masks(callback.run.sparsifier, second.run.sparsifier)
 
 
-def test_a_best_checkpoint_with_fewer_zeros_is_said_aloud(tmp_path: Path) -> None:
-    _, callback = run(
-        tmp_path,
-        eval_strategy="steps",
-        eval_steps=3,
-        save_strategy="best",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the first, nearly dense, checkpoint is "best"
-    )
-    report = callback.run.sparsifier.report()
-    assert report.sparsity < 0.5
-    assert any("weights were replaced after the last step" in note for note in report.notes)
+BEST = {
+    "eval_strategy": "steps",
+    "save_strategy": "best",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,  # the least pruned, which is the first, is "best"
+}
+
+
+def test_the_best_checkpoint_is_one_of_the_pruned_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, callback = run(tmp_path, eval_steps=3, save_total_limit=1, **BEST)
+    assert "the best checkpoint by eval_loss would be one that is hardly pruned" in caplog.text
+    assert "step 8, the last of this schedule" in caplog.text
+    assert trainer.state.best_global_step == 9
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+    assert callback.run.report().sparsity == 0.5
+    assert callback.run.broken == ()
+
+
+def test_a_best_checkpoint_from_before_the_last_masks_is_said_aloud(tmp_path: Path) -> None:
+    _, callback = run(tmp_path, eval_steps=7, **BEST)
+    assert callback.run.report().sparsity == pytest.approx(0.481, abs=1e-3)
+    assert any("weights were replaced after the last step" in note for note in callback.run.report().notes)
+    assert "weights were replaced" in callback.run.broken[0]
     assert all((folder / SIDE_FILE).exists() for folder in tmp_path.glob("checkpoint-*"))
+
+
+def test_no_best_checkpoint_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, **SAVES)
+    assert "best checkpoint" not in caplog.text
 
 
 def test_a_checkpoint_without_masks_is_refused(tmp_path: Path) -> None:
@@ -158,19 +174,6 @@ def test_a_damaged_or_foreign_side_file_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "again", recipe(sparsity=0.6), resume=str(side.parent))
 
 
-def test_half_written_checkpoints_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole, _ = run(tmp_path, **SAVES)
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 1')
-    (tmp_path / "checkpoint-10" / SIDE_FILE).unlink()
-    resumed, _ = run(tmp_path, resume=True, **SAVES)
-    assert "checkpoint-12 is half-written" in caplog.text
-    assert {path.name for path in tmp_path.glob("half-written-*")} == {
-        "half-written-checkpoint-10",
-        "half-written-checkpoint-12",
-    }
-    assert_same_weights(whole.model, resumed.model)
-
-
 def test_report_and_export_are_written_at_the_end(tmp_path: Path) -> None:
     source = recipe() | {
         "report": {"dir": str(tmp_path / "report")},
@@ -183,7 +186,7 @@ def test_report_and_export_are_written_at_the_end(tmp_path: Path) -> None:
     assert report["report"]["sparsity"] == 0.5
     assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
     with pytest.raises(ValueError, match="is not empty"):
-        PruningCallback(source)
+        run(tmp_path / "again", source | {"seed": 1, "report": {}})
 
 
 def test_evaluation_by_the_trainer_works_while_masks_are_on(tmp_path: Path) -> None:

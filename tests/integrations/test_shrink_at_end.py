@@ -146,4 +146,4 @@ def test_recipes_that_cannot_run_in_a_training(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
     with pytest.raises(ValueError, match="is not empty; nothing was overwritten"):
-        HFCallback(job(tmp_path / "out"))
+        hf_trainer(tiny_llama(), tmp_path / "run", [HFCallback(job(tmp_path / "out"))]).train()
