@@ -16,6 +16,7 @@ class Ending:
         report: of the weights as they are.
         step: optimizer steps taken.
         end: the step at which the schedule ends.
+        total_steps: that were planned.
         held: the sparsity of the masks.
         promised: the sparsity asked for.
         differences: between the weights and the masks.
@@ -27,6 +28,7 @@ class Ending:
     report: Report
     step: int
     end: int
+    total_steps: int
     held: float
     promised: float
     differences: tuple[str, ...] = ()
@@ -40,14 +42,16 @@ def breaches(ending: Ending) -> Iterator[str]:
     if ending.step == 0 and not ending.has_failed:
         yield (
             f"no optimizer step was seen; sparsity is {ending.report.sparsity:.4g}. Every batch was skipped, or the "
-            "weights are changed by what never calls an optimizer's step (such as LOMO, in the backward pass)"
+            "weights are changed by what never calls a torch optimizer's step (such as LOMO, in the backward pass): "
+            "use an optimizer that torch steps"
         )
     elif ending.held < ending.promised - 1e-9 and ending.guarded is None:
         yield _short(ending)
     if ending.differences:
         yield (
             "the weights were replaced after the last step (by averages, or by the best checkpoint?): sparsity is "
-            f"{ending.report.sparsity:.4g}, while the masks hold {ending.held:.4g}; {'; '.join(ending.differences)}"
+            f"{ending.report.sparsity:.4g}, while the masks hold {ending.held:.4g}; {'; '.join(ending.differences)}. "
+            "Choose the best checkpoint only among pruned ones, and mask averages (Sparsifier.apply_to)"
         )
 
 
@@ -55,6 +59,11 @@ def remarks(ending: Ending) -> Iterator[str]:
     """Yield a sentence for everything else that came otherwise than one may think."""
     if ending.step > 0 and ending.held < ending.promised - 1e-9 and ending.guarded is not None:
         yield f"{_short(ending)}, as the guard on {ending.guarded!r} asked"
+    if ending.step > ending.total_steps:
+        yield (
+            f"the optimizer was stepped {ending.step} times where {ending.total_steps} steps were planned, so the "
+            "schedule ran too fast; give the number of its steps (total_steps)"
+        )
     if ending.unseen_metric is not None:
         yield f"the guarded metric {ending.unseen_metric!r} was never logged, so the guard had no effect"
 

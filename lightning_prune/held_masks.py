@@ -1,16 +1,25 @@
 """Masks in force on a model: on its weights, on their gradients, and on what optimizers remember of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed, hooks, masks, promised_zeros
+from lightning_prune import distributed, hooks, masks, optimizer_steps, promised_zeros
 from lightning_prune.guard import GoodMasks
 from lightning_prune.targets import Binding
 
-__all__ = ["HeldMasks"]
+__all__ = ["HeldMasks", "OnStep"]
+
+
+class OnStep(Protocol):
+    """What is called after an optimizer step, with the targets stepped and whether it was the clock's."""
+
+    def __call__(self, stepped: list[Binding], *, is_clock: bool) -> None:
+        """Take note of the step."""
+        ...
 
 
 class HeldMasks:
@@ -20,9 +29,14 @@ class HeldMasks:
         self.masks: dict[str, Tensor] = {}
         self.bindings: list[Binding] = []
         self.aliases: dict[str, tuple[str, ...]] = {}
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self._owned: dict[int, list[Binding]] = {}
+        self.clock: torch.optim.Optimizer | None = None
+        self._steppers: list[torch.optim.Optimizer] = []
+        self.levels: list[torch.optim.Optimizer] = []
+        self._others: list[torch.optim.Optimizer] = []
         self._name_of: dict[int, str] = {}
+        self._with_gradient_hook: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._on_step: OnStep | None = None
 
     @property
     def device(self) -> torch.device:
@@ -43,38 +57,83 @@ class HeldMasks:
         self.bindings, self.aliases = bindings, promised_zeros.aliases_of(model, bindings)
         self._name_of = {id(binding.parameter): binding.name for binding in bindings}
 
-    def own(self, optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Find out which optimizer steps which target, and return the clock: the first that steps any.
+    def own(self, optimizers: Sequence[object]) -> None:
+        """Take the optimizers, and make the first that steps any target the clock.
 
-        Trainable targets left out of the optimizers, while others are in them, are masked with the clock.
+        Args:
+            optimizers: of the training, in whatever a trainer wraps them.
 
         Raises:
-            ValueError: if the optimizers step none of the trainable targets, but perhaps copies of them.
+            ValueError: if one of them cannot be followed, or they step none of the trainable targets, but perhaps
+                copies of them.
         """
-        self.optimizers = list(optimizers)
-        self._owned = {id(optimizer): [] for optimizer in optimizers}
-        owner_of = {
-            id(parameter): id(optimizer)
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        unowned = []
-        for binding in self.bindings:
-            owner = owner_of.get(id(binding.parameter))
-            if owner is not None:
-                self._owned[owner].append(binding)
-            elif binding.parameter.requires_grad:
-                unowned.append(binding)
-        clock = next((optimizer for optimizer in optimizers if self._owned[id(optimizer)]), optimizers[0])
-        if unowned and not self._owned[id(clock)]:
+        found = [optimizer_steps.levels(optimizer) for optimizer in optimizers]
+        self._steppers = [inner[-1] for inner in found]
+        self.levels = [optimizer for inner in found for optimizer in inner]
+        self.clock = next((each for each in self._steppers if self._stepped_by(each)), self._steppers[0])
+        unowned = self._unowned()
+        if unowned and not self._stepped_by(self.clock):
             raise ValueError(
                 f"the optimizers step none of the targets, not even {unowned[0].name}: they hold other tensors, "
                 "such as flat copies (DeepSpeed) or weights from before sharding; make them from this "
                 "model's parameters and train with DDP or FSDP2"
             )
-        self._owned[id(clock)] += unowned
-        return clock
+
+    def hold(self, on_step: OnStep, *, dense_grad: bool) -> None:
+        """Apply the masks after every step of every torch optimizer from now on, until `let_go`.
+
+        Args:
+            on_step: called after a step of an optimizer that was given to `own`.
+            dense_grad: whether the gradients of pruned weights are left as they are.
+        """
+        self._on_step = on_step
+        if not dense_grad:
+            self._mask_gradients()
+            self._handles.append(optimizer_steps.before_any_step(self._before_any_step))
+        self._handles += [each.register_step_post_hook(self._after_step) for each in self.levels]
+        self._handles.append(optimizer_steps.after_any_step(self._after_other_step))
+
+    def let_go(self) -> None:
+        """Remove the hooks and forget the optimizers; the masks stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._with_gradient_hook.clear()
+        self.clock, self._steppers, self.levels, self._others, self._on_step = None, [], [], [], None
+
+    def _before_any_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        self._mask_gradients()
+
+    def _after_other_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        """Hold the masks also under an optimizer that the training did not name."""
+        if all(optimizer is not level for level in self.levels):
+            self.apply(self._owned_by(optimizer))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        if optimizer_steps.was_skipped(optimizer):
+            return
+        own = self._owned_by(optimizer)
+        self.apply(own)
+        moves_weights = any(optimizer is stepper for stepper in self._steppers)
+        if moves_weights and self._on_step is not None and not optimizer_steps.is_inside_own_step(optimizer):
+            self._on_step(own, is_clock=optimizer is self.clock)
+
+    def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[Binding]:
+        """Return the targets that an optimizer holds now; groups may have been added since it was made."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [binding for binding in self.bindings if id(binding.parameter) in held]
+
+    def _unowned(self) -> list[Binding]:
+        """Return the trainable targets that no optimizer holds."""
+        owned = {binding.name for optimizer in [*self.levels, *self._others] for binding in self._stepped_by(optimizer)}
+        return [b for b in self.bindings if b.parameter.requires_grad and b.name not in owned]
+
+    def _owned_by(self, optimizer: torch.optim.Optimizer) -> list[Binding]:
+        """Return the targets to mask after a step of any optimizer; with the clock also those that no one holds."""
+        stepped = self._stepped_by(optimizer)
+        if stepped and all(optimizer is not known for known in [*self.levels, *self._others]):
+            self._others.append(optimizer)
+        return stepped + self._unowned() if optimizer is self.clock else stepped
 
     def of(self, parameter: Tensor) -> Tensor | None:
         """Return the mask of a target by its parameter; None for a sharded one and for what is no target."""
@@ -103,21 +162,20 @@ class HeldMasks:
                 "is sparse; prune it first (lightning-prune oneshot), or give a schedule that prunes"
             )
 
-    def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Binding]:
-        """Return the targets to mask after a step of this optimizer."""
-        return self._owned[id(optimizer)]
-
-    def mask_gradients(self) -> list[RemovableHandle]:
-        """Zero the gradients of pruned weights from now on, until the handles are removed."""
-        trainable = [binding for binding in self.bindings if binding.parameter.requires_grad]
-        return [hooks.mask_gradient(binding.parameter, self.masks, binding.name) for binding in trainable]
+    def _mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights from now on; those of targets unfrozen since, as they stand."""
+        for binding in self.bindings:
+            if binding.parameter.requires_grad and binding.name not in self._with_gradient_hook:
+                self._with_gradient_hook.add(binding.name)
+                hooks.zero_pruned_gradient(binding.parameter, self.masks, binding.name)
+                self._handles.append(hooks.mask_gradient(binding.parameter, self.masks, binding.name))
 
     @torch.no_grad()
     def set(self, binding: Binding, mask: Tensor) -> None:
         """Put a new mask in force: on the weight, and on what the optimizers remember of changed weights."""
         before = self.masks.get(binding.name)
         changed = ~mask if before is None else before != mask
-        for optimizer in self.optimizers:
+        for optimizer in [*self.levels, *self._others]:
             hooks.clear_state(optimizer, binding.parameter, changed)
         self.masks[binding.name] = mask
         distributed.local(binding.parameter).masked_fill_(~mask, 0)
@@ -133,6 +191,38 @@ class HeldMasks:
             if binding.name in self.masks:
                 distributed.local(binding.parameter).mul_(self.masks[binding.name].view(torch.uint8)).add_(0.0)
 
+    def differences(self, model: nn.Module | Mapping[str, object] | None = None) -> tuple[str, ...]:
+        """Return how a model, or the tensors of one, differs from the masks; the trainable targets where none is given.
+
+        Frozen targets are left out there: a checkpoint of adapters alone does not hold them.
+        """
+        if model is not None:
+            weights, bindings = promised_zeros.weights_of(model), self.bindings
+        else:
+            bindings = [binding for binding in self.bindings if binding.parameter.requires_grad]
+            weights = {binding.name: binding.parameter.detach() for binding in bindings}
+        return tuple(promised_zeros.differences(weights, self.masks, bindings, self.aliases))
+
+    @torch.no_grad()
+    def apply_to(self, weights: Mapping[str, Tensor]) -> int:
+        """Zero the pruned weights in tensors of another model, such as an average; return how many targets it has."""
+        num_masked = 0
+        for binding, weight in promised_zeros.pairs(weights, self.bindings, self.aliases):
+            if weight is not None and binding.name in self.masks:
+                mask = promised_zeros.mask_for(weight, self.masks[binding.name], binding)
+                if distributed.local(weight).shape == mask.shape:
+                    distributed.local(weight).masked_fill_(~mask, 0)
+                    num_masked += 1
+        return num_masked
+
+    def zero_share(self) -> Tensor:
+        """Return the share of zeros among the weights of the targets, as they are now; collective when sharded."""
+        zeros = torch.zeros((), dtype=torch.float64)
+        for binding in self.bindings:
+            count = (distributed.local(binding.parameter.detach()) == 0).sum()
+            zeros = zeros.to(count.device) + distributed.all_reduce_sum(count, binding.parameter)
+        return zeros / sum(binding.parameter.numel() for binding in self.bindings)
+
     @torch.no_grad()
     def go_back(self, good: GoodMasks) -> None:
         """Put earlier masks in force; weights that return take the value they had then."""
@@ -145,16 +235,22 @@ class HeldMasks:
             weight.copy_(torch.where(returning, good.weights[binding.name], weight))
 
     def fit(self) -> bool:
-        """Return whether the masks are those of this model: pruned weights are zero, on every rank."""
-        ours = all(
-            binding.name not in self.masks
-            or (
-                self.masks[binding.name].shape == distributed.local(binding.parameter).shape
-                and not bool(distributed.local(binding.parameter.detach())[~self.masks[binding.name]].any())
-            )
-            for binding in self.bindings
+        """Return whether the masks are those of this model: its targets, of which every pruned weight is zero.
+
+        The model may have been wrapped since, or be a part of what it was: masks then take the names of now.
+        """
+        found = {b.name: mask for b, mask in promised_zeros.pairs(self.masks, self.bindings, self.aliases)}
+        masks_now = {name: mask for name, mask in found.items() if mask is not None}
+        weights = {binding.name: distributed.local(binding.parameter.detach()) for binding in self.bindings}
+        ours = len(masks_now) == len(self.masks) and all(
+            mask.shape == weights[name].shape and not bool(weights[name][~mask].any())
+            for name, mask in masks_now.items()
         )
-        return distributed.agree(ours, self.device)
+        is_ours = distributed.agree(ours, self.device)
+        if is_ours:
+            self.masks.clear()
+            self.masks.update(masks_now)
+        return is_ours
 
     def check_agreement(self) -> None:
         """Check that ranks with copies of the same weights hold the same masks.

@@ -17,7 +17,7 @@ from lightning_prune.targets import Binding
 if TYPE_CHECKING:
     from lightning_prune.statistic import Statistic
 
-__all__ = ["clear_state", "mask_gradient", "observe_inputs", "unwrap_optimizer", "was_skipped"]
+__all__ = ["clear_state", "mask_gradient", "observe_inputs", "unwrap_optimizer", "zero_pruned_gradient"]
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
@@ -37,24 +37,20 @@ def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
     return inner
 
 
-def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a fused step was skipped because the gradient scaler found infinities.
-
-    Other optimizers are not stepped at all then, and no hook fires.
-    """
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())
-
-
 def mask_gradient(parameter: Tensor, masks: Mapping[str, Tensor], name: str) -> RemovableHandle:
     """Zero the gradient of pruned weights as soon as it is accumulated."""
 
     def hook(param: Tensor) -> None:
-        mask = masks.get(name)
-        if mask is not None and param.grad is not None:
-            distributed.local(param.grad).mul_(mask.view(torch.uint8))
+        zero_pruned_gradient(param, masks, name)
 
     return parameter.register_post_accumulate_grad_hook(hook)
+
+
+def zero_pruned_gradient(parameter: Tensor, masks: Mapping[str, Tensor], name: str) -> None:
+    """Zero the gradient that pruned weights have now."""
+    mask = masks.get(name)
+    if mask is not None and parameter.grad is not None:
+        distributed.local(parameter.grad).mul_(mask.view(torch.uint8))
 
 
 def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, changed: Tensor) -> None:

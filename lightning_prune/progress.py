@@ -24,7 +24,8 @@ class Progress:
         sparsity: of the masks in force.
         is_once: whether the masks come from `prune_once` and cannot change.
         history: metrics by step.
-        notes: what was said.
+        notes: what was said while it went on.
+        closing: what was said when it ended; not saved, since a resume goes on.
         memory: of the guard.
     """
 
@@ -34,6 +35,7 @@ class Progress:
     is_once: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    closing: list[str] = field(default_factory=list)
     memory: GuardMemory = field(default_factory=GuardMemory)
 
     def ending(
@@ -41,7 +43,8 @@ class Progress:
         report: Report,
         guard: MetricGuard | None,
         *,
-        end: int,
+        plan: tuple[int, int, int],
+        total_steps: int,
         promised: float,
         differences: tuple[str, ...] | None,
     ) -> Ending:
@@ -50,7 +53,8 @@ class Progress:
         return Ending(
             report=report,
             step=self.step,
-            end=end,
+            end=plan[1],
+            total_steps=total_steps,
             held=self.sparsity,
             promised=promised,
             differences=differences or (),

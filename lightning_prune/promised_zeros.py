@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lightning_prune import distributed
 from lightning_prune.targets import Binding, clean_name
 
-__all__ = ["aliases_of", "differences", "weights_of"]
+__all__ = ["aliases_of", "differences", "mask_for", "pairs", "weights_of"]
 
 
 def aliases_of(model: nn.Module, bindings: Sequence[Binding]) -> dict[str, tuple[str, ...]]:
@@ -43,22 +43,19 @@ def differences(
         bindings: the targets.
         aliases: all names of each target.
     """
-    renamed = _renaming(weights, [name for names in aliases.values() for name in names])
     missing, reshaped, filled = [], [], []
     num_pruned = num_filled = 0
-    for binding in (binding for binding in bindings if binding.name in masks):
-        found = [weights[new] for name in aliases[binding.name] if (new := renamed(name)) in weights]
+    for binding, weight in pairs(weights, [b for b in bindings if b.name in masks], aliases):
         mask = masks[binding.name]
-        whole = distributed.gather(mask, binding.parameter)
-        if not found:
+        num_pruned += int(distributed.all_reduce_sum((~mask).sum(), binding.parameter))
+        if weight is None:
             missing.append(binding.name)
             continue
-        weight, keep = distributed.local(found[0]), mask if distributed.is_sharded(found[0]) else whole
-        if weight.shape != keep.shape:
+        part, keep = distributed.local(weight), mask_for(weight, mask, binding)
+        if part.shape != keep.shape:
             reshaped.append(binding.name)
             continue
-        count = int(distributed.all_reduce_sum((weight[~keep.to(weight.device)] != 0).sum(), found[0]))
-        num_pruned += int((~whole).sum())
+        count = int(distributed.all_reduce_sum((part[~keep] != 0).sum(), weight))
         num_filled += count
         filled += [binding.name] if count else []
     if filled:
@@ -67,6 +64,22 @@ def differences(
         yield f"{len(missing)} pruned targets are not in the model, first {missing[0]}"
     if reshaped:
         yield f"{len(reshaped)} pruned targets have another shape in the model, first {reshaped[0]}"
+
+
+def pairs(
+    weights: Mapping[str, Tensor], bindings: Sequence[Binding], aliases: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[Binding, Tensor | None]]:
+    """Yield every target with the tensor that stands for it among others, or None."""
+    renamed = _renaming(weights, [name for binding in bindings for name in aliases[binding.name]])
+    for binding in bindings:
+        found = [weights[new] for name in aliases[binding.name] if (new := renamed(name)) in weights]
+        yield binding, found[0] if found else None
+
+
+def mask_for(weight: Tensor, mask: Tensor, binding: Binding) -> Tensor:
+    """Return a target's mask as a tensor that stands for it needs it: whole, or this process's rows, on its device."""
+    keep = mask if distributed.is_sharded(weight) else distributed.gather(mask, binding.parameter)
+    return keep.to(weight.device)
 
 
 def _renaming(names: Mapping[str, object], wanted: Sequence[str]) -> Callable[[str], str]:

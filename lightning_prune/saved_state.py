@@ -23,8 +23,10 @@ __all__ = [
     "FORMAT_VERSION",
     "check_digest",
     "check_plan",
+    "check_recipe",
     "check_same",
     "check_version",
+    "check_zeros",
     "describe",
     "digest",
     "gather_statistics",
@@ -58,6 +60,7 @@ _KEYS = {"step", "sparsity", "plan", "settings", "shapes", "masks", "digest", "s
     "num_updates",
     "is_once",
 }
+_MOMENTS = {"at", "start", "end", "interval"}
 Statistics = Mapping[str, Mapping[str, "Statistic"]]
 
 
@@ -102,6 +105,34 @@ def check_same(what: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
             )
 
 
+def check_recipe(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a state of another recipe; moments are left to `check_plan`, in steps or as fractions.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    check_same("recipe", _without_moments(saved), _without_moments(now))
+
+
+def _without_moments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    schedule = {key: value for key, value in settings["schedule"].items() if key not in _MOMENTS}
+    return {**settings, "schedule": schedule}
+
+
+def check_zeros(differences: Sequence[str]) -> None:
+    """Refuse a state whose masks are not those of the weights that came with it.
+
+    Raises:
+        ValueError: if there are differences between them.
+    """
+    if differences:
+        raise ValueError(
+            f"the weights of this checkpoint are not those that its masks prune: {'; '.join(differences)}. Weights and "
+            "pruning state of two checkpoints were mixed up, or the weights were not loaded; use an untouched "
+            "checkpoint, and load its weights before attaching"
+        )
+
+
 def check_plan(saved: Sequence[int], now: Sequence[int]) -> None:
     """Refuse a state whose schedule ran over other steps.
 
@@ -111,8 +142,9 @@ def check_plan(saved: Sequence[int], now: Sequence[int]) -> None:
     if list(saved) != list(now):
         raise ValueError(
             f"the checkpoint's schedule ran over steps {saved[0]} to {saved[1]} every {saved[2]}, now it would be "
-            f"{now[0]} to {now[1]} every {now[2]}: the number of training steps changed; train for the same number, or "
-            "give start, end and interval as steps"
+            f"{now[0]} to {now[1]} every {now[2]}: the number of training steps changed. Train for the same number, or "
+            f"write the schedule's moments as steps of the old plan: start: {saved[0]}, end: {saved[1]}, interval: "
+            f"{saved[2]} (at: {saved[0]} where it has one moment)"
         )
 
 

@@ -11,11 +11,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed, hooks, promised_zeros, saved_state
+from lightning_prune import distributed, guarding, promised_zeros, saved_state
 from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.closing_notes import breaches, remarks
 from lightning_prune.decision import Decision, check_combination
@@ -72,8 +70,6 @@ class Sparsifier:
         self._held = HeldMasks()
         self._progress = Progress()
         self._model: nn.Module | None = None
-        self._clock: torch.optim.Optimizer | None = None
-        self._handles: list[RemovableHandle] = []
         self._observation: Observation | None = None
         self._pending: Mapping[str, Any] | None = None
         self._report: Report | None = None
@@ -108,7 +104,12 @@ class Sparsifier:
     @property
     def notes(self) -> list[str]:
         """Return what was said so far."""
-        return self._progress.notes
+        return [*self._progress.notes, *self._progress.closing]
+
+    @property
+    def is_final(self) -> bool:
+        """Return whether the masks in force are those of the final sparsity."""
+        return bool(self.masks) and self._progress.sparsity >= self.schedule.sparsity - 1e-9
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -141,7 +142,7 @@ class Sparsifier:
         Raises:
             ValueError: if the recipe does not fit the model, the optimizers, the training or the loaded state.
         """
-        self.detach()
+        self.detach() if self.step else self._let_go()
         if not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(
                 f"the number of training steps must be known, got {total_steps}; set max_steps on the trainer"
@@ -149,18 +150,18 @@ class Sparsifier:
         distributed.check_supported(model)
         self._plan, self._total_steps = self.schedule.resolve(total_steps), total_steps
         bindings = self._resolve(model)
-        inner = [hooks.unwrap_optimizer(optimizer) for optimizer in optimizers]
-        if not inner:
+        optimizers = list(optimizers)
+        if not optimizers:
             raise ValueError("attach needs the optimizers that step the model, got none")
         observation = Observation(self.scorer, bindings, self.surrogate)
         observation.check_trainable()
         self._held.take(model, bindings)
-        self._clock = self._held.own(inner)
+        self._held.own(optimizers)
         self._model, self._observation, self.broken = model, observation, ()
         try:
             self._begin(model, observation)
         except BaseException:
-            self._unhook()
+            self._let_go()
             raise
 
     def _resolve(self, model: nn.Module) -> list[Binding]:
@@ -176,11 +177,9 @@ class Sparsifier:
             self._pending = None
         else:
             self._start_anew()
-        if not self.scorer.dense_grad:
-            self._handles += self._held.mask_gradients()
-        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in self._held.optimizers]
+        self._held.hold(self._after_step, dense_grad=self.scorer.dense_grad)
         if not self.is_finished:
-            self._handles += observation.start(model)
+            observation.start(model)
         if self.guard is not None and self.guard.action == "rollback" and self._progress.memory.good is None:
             self._progress.memory.remember(self._held.parameters, self.masks, self._progress.sparsity)
         self._held.apply(self._held.bindings)
@@ -198,16 +197,13 @@ class Sparsifier:
         kept = self._progress if self.masks else Progress(is_once=self._progress.is_once)
         self._progress = Progress(sparsity=kept.sparsity, is_once=kept.is_once, num_updates=self._progress.num_updates)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if hooks.was_skipped(optimizer):
-            return
-        own = self._held.owned_by(optimizer)
-        self._held.apply(own)
+    def _after_step(self, stepped: list[Binding], *, is_clock: bool) -> None:
+        """Feed statistics with what an optimizer has stepped; count a step and change masks with the clock."""
         if self._observation is not None and not self.is_finished:
-            self._observation.feed_step(own)
-            if optimizer is self._clock:
+            self._observation.feed_step(stepped)
+            if is_clock:
                 self._observation.feed_surrogates()
-        if optimizer is self._clock:
+        if is_clock:
             self._progress.step += 1
             self._update_if_due()
 
@@ -259,37 +255,25 @@ class Sparsifier:
         self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
         self._progress.record({"sparsity": self._report.sparsity})
 
-    def _note(self, sentence: str) -> None:
-        self.notes.append(sentence)
+    def note(self, sentence: str, *, is_closing: bool = False) -> None:
+        """Say something aloud and in the report; what closes a training is not saved with its state."""
+        (self._progress.closing if is_closing else self._progress.notes).append(sentence)
         distributed.log(logger, logging.WARNING, "%s", sentence)
         if self._report is not None:
             self._report = dataclasses.replace(self._report, notes=tuple(self.notes))
 
     def observe(self, metrics: Mapping[str, object]) -> None:
-        """Take in logged metrics: for the history, and for the guard; collective when one is set."""
+        """Take in newly measured metrics: for the history, and for the guard; collective when one is set."""
         numbers = saved_state.only_numbers(metrics)
         self._progress.record(numbers)
         if self.guard is None or self.guard.metric not in numbers or not self.is_attached:
             return
         value = distributed.broadcast_number(numbers[self.guard.metric], self._held.device)
-        memory = self._progress.memory
-        change = memory.judge(self.guard, value)
-        if change == "crossed":
-            self._hold(self.guard, value)
-        elif change == "released":
-            self._note(f"step {self.step}: {self.guard.metric} = {value:.6g} is within bounds again; pruning goes on")
-        if not memory.is_held and self.guard.action == "rollback":
-            memory.remember(self._held.parameters, self.masks, self._progress.sparsity)
-
-    def _hold(self, guard: MetricGuard, value: float) -> None:
-        what = f"holds at sparsity {self._progress.sparsity:.4g}"
-        good = self._progress.memory.good
-        if guard.action == "rollback" and good is not None and self._progress.sparsity > good.sparsity:
-            what = f"goes back from sparsity {self._progress.sparsity:.4g} to the masks of {good.sparsity:.4g}"
-            self._held.go_back(good)
-            self._progress.sparsity = good.sparsity
+        sentence, went_back = guarding.take_in(self.guard, value, self._progress, self._held)
+        if went_back:
             self._finish_update()
-        self._note(f"step {self.step}: {guard.metric} = {value:.6g} crossed its bound; pruning {what}")
+        if sentence is not None:
+            self.note(sentence)
 
     def prune_once(
         self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), *, progress: bool = True
@@ -335,14 +319,27 @@ class Sparsifier:
         ending = self._progress.ending(
             self.report(),
             self.guard,
-            end=self._plan[1],
+            plan=self._plan,
+            total_steps=self._total_steps,
             promised=self.schedule.sparsity,
             differences=None if has_failed else self.verify(self._model),
         )
         self.broken = tuple(breaches(ending))
         for note in (*self.broken, *remarks(ending)):
-            self._note(note)
-        self._unhook()
+            self.note(note, is_closing=True)
+        self._let_go()
+
+    def sparsity(self) -> Tensor:
+        """Return the share of zeros among the targets' weights as they are now, a number; collective when sharded."""
+        return self._held.zero_share()
+
+    def apply_to(self, model: nn.Module) -> int:
+        """Zero the pruned weights in a copy of the model, such as an average of its weights; collective when sharded.
+
+        Returns:
+            the number of targets that it has.
+        """
+        return self._held.apply_to(promised_zeros.weights_of(model))
 
     def verify(self, model: nn.Module | Mapping[str, object]) -> tuple[str, ...]:
         """Compare a model or a saved state with the masks in force; collective when the targets are sharded.
@@ -353,16 +350,13 @@ class Sparsifier:
         Returns:
             a sentence for each way in which it is not what the masks promise; none if it is.
         """
-        weights = promised_zeros.weights_of(model)
-        return tuple(promised_zeros.differences(weights, self.masks, self._held.bindings, self._held.aliases))
+        return self._held.differences(model)
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def _let_go(self) -> None:
+        self._held.let_go()
         if self._observation is not None:
-            self._observation.stop()
-        self._model, self._observation, self._clock, self._held.optimizers = None, None, None, []
+            self._observation.stop()  # what was observed stays, for a checkpoint written after the training
+        self._model = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs as plain values and tensors, masks whole and packed to bits; collective."""
@@ -379,14 +373,15 @@ class Sparsifier:
         """
         saved_state.check_version(state)
         saved_state.check_digest(state)
-        saved_state.check_same("recipe", state["settings"], self.settings())
-        self._pending = dict(state)
+        saved_state.check_recipe(state["settings"], self.settings())
+        self._pending = dict(state) if state["shapes"] else None  # nothing was held yet when it was saved
 
     def _restore(self, state: Mapping[str, Any], observation: Observation) -> None:
         saved_state.check_same("model", state["shapes"], self._held.shapes())
         if not state["is_once"]:
             saved_state.check_plan(state["plan"], self._plan)
         self._progress = restore_progress(state, self._held, observation)
+        saved_state.check_zeros(self._held.differences())
 
     def report(self) -> Report:
         """Return what was pruned, as of the last change of masks.

@@ -41,6 +41,8 @@ FLOORS: dict[str, float] = {
     "export.folder": 3,
     "held_masks": 3,
     "hooks": 2,
+    "guarding": 3.6,
+    "optimizer_steps": 2,
     "progress": 3.5,
     "promised_zeros": 2,
     "observation": 3,

@@ -11,7 +11,7 @@ from lightning_prune.types import Report, TargetReport
 def ending(num_zeros: int, step: int, end: int, held: float, promised: float, **facts: Any) -> Ending:
     target = TargetReport("weight", (2, 5), 10, num_zeros)
     report = Report(7, (target,), 10, 10 - num_zeros, 40, 4 * (10 - num_zeros), 20, 20)
-    return Ending(report=report, step=step, end=end, held=held, promised=promised, **facts)
+    return Ending(report=report, step=step, end=end, total_steps=10, held=held, promised=promised, **facts)
 
 
 def test_kept_promises_need_no_words() -> None:
@@ -24,7 +24,8 @@ def test_every_broken_promise_gets_a_sentence() -> None:
     assert list(breaches(broken)) == [
         "training ended at step 7 of a schedule that ends at step 9: sparsity is 0.3, not the promised 0.5",
         "the weights were replaced after the last step (by averages, or by the best checkpoint?): sparsity is 0.2, "
-        "while the masks hold 0.3; 3 weights; a shape",
+        "while the masks hold 0.3; 3 weights; a shape. Choose the best checkpoint only among pruned ones, and mask "
+        "averages (Sparsifier.apply_to)",
     ]
     assert list(remarks(broken)) == ["the guarded metric 'eval_loss' was never logged, so the guard had no effect"]
 
@@ -48,3 +49,11 @@ def test_what_the_guard_kept_back_is_no_broken_promise() -> None:
 def test_a_failed_run_without_a_step_is_not_called_a_silent_one() -> None:
     said = list(breaches(ending(0, 0, 8, 0.0, 0.5, has_failed=True)))
     assert said == ["training ended at step 0 of a schedule that ends at step 8: sparsity is 0, not the promised 0.5"]
+
+
+def test_a_clock_that_ran_past_the_plan_is_told() -> None:
+    assert list(remarks(ending(5, 10, 8, 0.5, 0.5))) == []
+    assert list(remarks(ending(5, 11, 8, 0.5, 0.5))) == [
+        "the optimizer was stepped 11 times where 10 steps were planned, so the schedule ran too fast; give the number "
+        "of its steps (total_steps)"
+    ]

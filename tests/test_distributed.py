@@ -261,7 +261,7 @@ def nan_on_one_rank() -> str:
     with pytest.raises(ValueError) as error:
         if dist.get_rank() == 1:
             rows[0, 0] = torch.nan
-        training.conductor._after_step(training.optimizer, (), {})
+        training.conductor._held._after_step(training.optimizer, (), {})
     training.conductor.detach()
     return str(error.value)
 

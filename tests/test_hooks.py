@@ -206,11 +206,3 @@ def test_wrappers_around_optimizers_are_looked_through() -> None:
 def test_an_optimizer_that_torch_does_not_step_is_refused(wrap: Any) -> None:
     with pytest.raises(ValueError, match=r"Foreign is not stepped by torch.*train with a torch\.optim optimizer"):
         hooks.unwrap_optimizer(wrap(type("Foreign", (), {})()))
-
-
-def test_skipped_steps_are_known_from_the_flag_of_fused_optimizers() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    assert not hooks.was_skipped(optimizer)
-    for flag in (0.0, 1.0):
-        optimizer.found_inf = torch.tensor(flag)  # type: ignore[attr-defined]
-        assert hooks.was_skipped(optimizer) == bool(flag)

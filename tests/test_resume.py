@@ -1,5 +1,6 @@
 """What is saved and taken up again: a resume equals no pause, and a state of another run is refused."""
 
+import copy
 import io
 from typing import Any
 
@@ -97,7 +98,86 @@ def test_a_changed_number_of_steps_is_refused_where_it_moves_the_schedule() -> N
     second.load_state_dict(state)
     with pytest.raises(ValueError, match="schedule ran over steps 0 to 6 every 1, now it would be 0 to 12"):
         second.attach(model, [optimizer], total_steps=24)
-    fixed = sparsifier()
-    fixed.load_state_dict(_state())
-    fixed.attach(model, [optimizer], total_steps=24)  # steps were given as steps: more training is fine
-    assert fixed.step == 6
+
+
+def test_a_longer_training_goes_on_with_the_old_plan_given_as_steps() -> None:
+    """Moments as fractions of 12 steps, and the same moments as steps of 24, are one plan."""
+    ends: list[Any] = []
+    for moments, total in (({"start": 0.25, "end": 0.75, "interval": 3}, 12), ({"start": 3, "end": 9}, 24)):
+        schedule = {"class_path": "Cubic", "init_args": {"sparsity": 0.5, "interval": 3} | moments}
+        conductor = sparsifier({"prune": {"schedule": schedule}})
+        model = tiny_llama()
+        optimizer = adamw(model)
+        if ends:
+            conductor.load_state_dict(ends[0])
+            model.load_state_dict(ends[1])
+            optimizer.load_state_dict(ends[2])
+        conductor.attach(model, [optimizer], total_steps=total)
+        train(model, optimizer, first=6 if ends else 0, last=NUM_STEPS if ends else 6)
+        ends += [conductor.state_dict(), copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())]
+    whole, alone = train_pruned(
+        {
+            "prune": {
+                "schedule": {"class_path": "Cubic", "init_args": {"sparsity": 0.5, "start": 3, "end": 9, "interval": 3}}
+            }
+        }
+    )
+    assert conductor.step == NUM_STEPS
+    assert_same_weights(whole, model)
+    assert_same_masks(alone, conductor)
+
+
+def test_weights_that_the_masks_do_not_prune_are_refused() -> None:
+    dense = tiny_llama()
+    conductor = sparsifier()
+    conductor.load_state_dict(_state())
+    with pytest.raises(ValueError, match=r"pruned weights are not zero, in 14 targets.*mixed up, or .* not loaded"):
+        conductor.attach(dense, [adamw(dense)], total_steps=NUM_STEPS)
+    assert not conductor.is_attached
+    assert bool((dense.model.layers[0].mlp.up_proj.weight != 0).all()), "nothing was cut"
+
+
+def test_frozen_weights_that_a_checkpoint_of_adapters_leaves_out_are_pruned_again() -> None:
+    saved: list[dict[str, Any]] = []
+    for _ in range(2):
+        model = tiny_llama()
+        model.model.layers.requires_grad_(False)
+        optimizer = adamw(model)
+        conductor = sparsifier()
+        if saved:
+            conductor.load_state_dict(saved[0])
+        conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
+        train(model, optimizer, last=6)
+        saved.append(conductor.state_dict())
+        assert conductor.verify(model) == ()
+
+
+@pytest.mark.parametrize("scorer", ["Wanda", "Taylor", "Movement"])
+def test_a_state_saved_after_training_ended_resumes_exactly_and_says_nothing_stale(scorer: str) -> None:
+    whole, conductor = train_pruned(recipe(scorer=scorer))
+    model = tiny_llama()
+    optimizer = adamw(model)
+    first = sparsifier(recipe(scorer=scorer))
+    first.attach(model, [optimizer], total_steps=NUM_STEPS)
+    train(model, optimizer, last=5)
+    first.detach()
+    assert first.report().notes[0].startswith("training ended at step 5")
+    second = sparsifier(recipe(scorer=scorer))
+    second.load_state_dict(first.state_dict())
+    second.attach(model, [optimizer], total_steps=NUM_STEPS)
+    assert second.report().notes == ()
+    train(model, optimizer, first=5)
+    second.detach()
+    assert_same_weights(whole, model)
+    assert_same_masks(conductor, second)
+    assert second.report() == conductor.report()
+    assert second.broken == ()
+
+
+def test_a_state_from_before_the_training_starts_it_anew() -> None:
+    conductor = sparsifier()
+    conductor.load_state_dict(sparsifier().state_dict())
+    assert not conductor.is_restoring
+    model = tiny_llama()
+    conductor.attach(model, [adamw(model)], total_steps=NUM_STEPS)
+    assert conductor.step == 0
