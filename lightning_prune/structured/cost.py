@@ -22,7 +22,7 @@ from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.probe import outputs, probe_inputs
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.structure import Structure
-from lightning_prune.structured.width.budgets import uniform
+from lightning_prune.structured.width.budgets import nearest
 
 __all__ = ["Budget", "num_flops", "num_parameters", "sparsity_within"]
 
@@ -126,7 +126,8 @@ def _cuts(groups: Sequence[Group], sparsity: float, multiple_of: int) -> tuple[C
     """Return cuts of the right sizes; which units stay does not matter for the cost."""
     cuts = []
     for group in groups:
-        per_part = uniform(group, sparsity, multiple_of) // group.num_parts
+        number = max(nearest(group, sparsity, multiple_of), group.at_least(0))
+        per_part = number // group.num_parts
         size = group.num_units // group.num_parts
         keep = tuple(part * size + unit for part in range(group.num_parts) for unit in range(per_part))
         cuts.append(Cut(group.key, keep))

@@ -43,7 +43,8 @@ def plan_from_zeros(model: nn.Module, structure: Structure) -> Plan:
     for groups in _sharing(model, structure, alive):
         kept = [_without_orphans(group, alive, cuts) for group in groups]
         number = max(_largest_part(group, alive_U) for group, alive_U in zip(groups, kept, strict=True))
-        number = max(number, 1)
+        first = groups[0]
+        number = first.at_least(number * first.num_parts) // first.num_parts
         padded = 0
         for group, alive_U in zip(groups, kept, strict=True):
             keep = _padded(group, alive_U, number)

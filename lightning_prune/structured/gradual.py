@@ -10,6 +10,7 @@ Cost: per milestone one discovery and, for a moment, a second copy of the smalle
 Limits: see `in_place`.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lightning_prune.structured.groups import Cut, Group, Kind, Plan
 from lightning_prune.structured.in_place import cut_in_place
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import undone_on_error
-from lightning_prune.structured.width.budgets import chosen, uniform
+from lightning_prune.structured.width.budgets import chosen, step_of, uniform
 from lightning_prune.structured.width.unit_scores import Reduction, unit_scores
 from lightning_prune.types import Schedule
 
@@ -56,8 +57,13 @@ class GradualShrink:
         self.schedule.resolve(total_steps)
         groups = discover(model).of_kind(self.kind)
         _counted(groups)
-        for group in groups:
-            uniform(group, self.schedule.sparsity, self.multiple_of)
+        left = [uniform(group, self.schedule.sparsity, self.multiple_of) for group in groups]
+        if all(number == group.num_units for number, group in zip(left, groups, strict=True)):
+            step = step_of(groups[0], self.multiple_of)
+            raise ValueError(
+                f"sparsity {self.schedule.sparsity} of {self.kind} removes nothing: the {groups[0].num_units} units of "
+                f"{groups[0].key} go in steps of {step}; give at least {step / groups[0].num_units:.4g}"
+            )
 
     def after_step(
         self,
@@ -109,7 +115,7 @@ class GradualShrink:
         """Return how many units stay: a share of those that the first model had."""
         name, per_unit = next(iter(group.fields.items()))
         num_first = group.num_units if name not in first else first[name] // per_unit
-        whole = Group(group.name, group.kind, group.layer, num_first, group.members, group.num_parts)
+        whole = dataclasses.replace(group, num_units=num_first)
         return min(group.num_units, uniform(whole, sparsity, self.multiple_of))
 
 

@@ -5,6 +5,7 @@ slices of several parameters, the members of the group. Removing it means cuttin
 zero simulates that without changing a shape.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Group:
         fields: configuration fields that count the units -> what one unit adds to them.
         pins: configuration fields that follow from others unless they are set, and the values to set when cutting.
         epsilons: configuration fields that norms over the units add to a mean square; they grow by n / k.
+        min_units: how many must stay at least; `min_reason` says why.
+        multiple_of: unless all stay, their number must be a multiple of it (rows that grouped matrix products run).
     """
 
     name: str
@@ -76,6 +79,9 @@ class Group:
     fields: Mapping[str, int] = field(default_factory=dict)
     pins: Mapping[str, int] = field(default_factory=dict)
     epsilons: tuple[str, ...] = ()
+    min_units: int = 1
+    min_reason: str = ""
+    multiple_of: int = 1
 
     @property
     def key(self) -> str:
@@ -87,6 +93,35 @@ class Group:
         """Return the members that read the units: the output projections of FFN units and heads."""
         return tuple(member for member in self.members if member.role == "in")
 
+    @property
+    def step(self) -> int:
+        """Return the number of units that can only stay or go together."""
+        return math.lcm(self.num_parts, self.multiple_of)
+
+    def at_least(self, number: int) -> int:
+        """Return the smallest number of units, not below this one, that may stay."""
+        return min(self.num_units, -(-max(number, self.min_units, 1) // self.step) * self.step)
+
+    def check_number(self, number: int) -> None:
+        """Check that so many units may stay.
+
+        Raises:
+            ValueError: if there are too few for the model to run, or it could not multiply by so narrow rows.
+        """
+        if number < self.min_units:
+            raise ValueError(
+                f"{self.key} would keep {number} of {self.num_units} units, but {self.min_reason}; at least "
+                f"{self.at_least(0)} must stay, a sparsity of at most {1 - self.at_least(0) / self.num_units:.4g}"
+            )
+        if number < self.num_units and number % self.multiple_of:
+            near = number // self.multiple_of * self.multiple_of
+            possible = " or ".join(str(n) for n in (near, near + self.multiple_of) if 0 < n <= self.num_units)
+            raise ValueError(
+                f"{self.key} would keep {number} of {self.num_units} units; the grouped matrix products of stacked "
+                f"experts need rows of whole 16 bytes, also in half precision: keep {possible}, or plan with "
+                f"multiple_of={self.multiple_of}"
+            )
+
     def check_keep(self, keep: Sequence[int]) -> None:
         """Check that these units may be what stays.
 
@@ -95,17 +130,24 @@ class Group:
         """
         if len(set(keep)) != len(keep) or any(not 0 <= unit < self.num_units for unit in keep):
             raise ValueError(
-                f"{self.key} has the units 0 to {self.num_units - 1}, each at most once; got keep={list(keep)}"
+                f"{self.key} has the units 0 to {self.num_units - 1}, each at most once; got keep={_shown(keep)}"
             )
         if not keep:
             raise ValueError(f"nothing of {self.key} would be left; keep at least one unit, or remove the sub-block")
+        self.check_number(len(keep))
         size = self.num_units // self.num_parts
         counts = torch.bincount(torch.as_tensor(list(keep)) // size, minlength=self.num_parts)
         if counts.unique().numel() > 1:
             raise ValueError(
                 f"{self.key} must keep equally many of its {size} units in each of its {self.num_parts} parts, "
-                f"got {counts.tolist()}; cut evenly, or cut whole key/value groups"
+                f"got {_shown(counts.tolist())}; cut evenly{', or cut whole key/value groups' * (self.kind == 'heads')}"
             )
+
+
+def _shown(values: Sequence[object], limit: int = 12) -> str:
+    """Return the first values as text."""
+    more = f", ... ({len(values)} in all)" if len(values) > limit else ""
+    return f"[{', '.join(map(str, values[:limit]))}{more}]"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ def test_what_cannot_be_cut_is_refused_before_training() -> None:
         GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4), kind="channels").check(tiny_llama(), total_steps=4)
 
 
+def test_a_sparsity_that_removes_nothing_is_refused_before_training() -> None:
+    shrink = GradualShrink(schedule=Linear(sparsity=0.2, start=0, end=4), kind="heads")
+    with pytest.raises(ValueError, match=r"0\.2 of heads removes nothing: the 4 .* steps of 2; give at least 0\.5"):
+        shrink.check(tiny_llama(), total_steps=4)
+
+
 def test_a_width_that_is_not_set_is_remembered_all_the_same(tmp_path: object) -> None:
     model = tiny_family("gpt2")  # n_inner is null and means 4 x 32
     shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=0, end=4, interval=1))

@@ -49,6 +49,12 @@ def test_parts_keep_equally_many() -> None:
         group.check_keep([0, 1, 3])
 
 
+def test_a_refusal_is_short_however_wide_the_group() -> None:
+    wide = Group("mlp", "ffn", 0, 10_000, ())
+    with pytest.raises(ValueError, match=r"got keep=\[0, 1, .*, 11, \.\.\. \(10001 in all\)\]$"):
+        wide.check_keep(range(10_001))
+
+
 def test_plans_survive_json() -> None:
     plan = Plan(cuts=(Cut("a:ffn", (0, 2)),), layers=(0, 1), skip=((1, "mlp"),), method={"name": "x", "seed": 0})
     assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan

@@ -37,6 +37,7 @@ from lightning_prune.structured.discovery.probe import (
 )
 from lightning_prune.structured.discovery.proposals import Proposal, Proposer
 from lightning_prune.structured.discovery.roles import Roles
+from lightning_prune.structured.discovery.routing import with_routing
 from lightning_prune.structured.discovery.stack import blocks_of, candidate_stacks, proven, representatives
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan, zeroed
 from lightning_prune.structured.structure import Stack, Structure
@@ -209,7 +210,9 @@ class _Explorer:
     def find_experts(self, count: Count, change: Change, factor: float) -> None:
         """Find whole experts."""
         try:
-            groups = self.proposer.expert_groups(count, change, factor)
+            groups = with_routing(
+                self.model, self.proposer.expert_groups(count, change, factor), self.inputs, self.fields.flat
+            )
             reason = self.why_wrong(groups)
         except ValueError as error:
             reason = str(error)
@@ -244,8 +247,8 @@ class _Explorer:
         """Cut half of the units of every group; return what is wrong with the result, None if it is exact."""
         random_order = random.Random(0)
         by_key = {group.key: group for group in groups}
-        cuts = tuple(Cut(group.key, _half(group, random_order)) for group in groups)
         try:
+            cuts = tuple(Cut(group.key, _half(group, random_order)) for group in groups)
             plain = Structure(by_key, None)
             small = build_smaller(self.model, plain, Plan(cuts=cuts), share=True, blueprint=self.blueprint)
             got = outputs(small, self.inputs)
@@ -319,10 +322,19 @@ def _is_ffn(name: str) -> bool:
 
 
 def _half(group: Group, order: random.Random) -> tuple[int, ...]:
-    size = group.num_units // group.num_parts
-    kept = [
-        part * size + unit
-        for part in range(group.num_parts)
-        for unit in sorted(order.sample(range(size), max(1, size // 2)))
-    ]
+    size, step = group.num_units // group.num_parts, group.step // group.num_parts
+    number = max(group.at_least(0) // group.num_parts, size // 2 // step * step)
+    if number == size > 1:
+        raise ValueError(_why_whole(group))
+    kept = [part * size + unit for part in range(group.num_parts) for unit in sorted(order.sample(range(size), number))]
     return tuple(kept)
+
+
+def _why_whole(group: Group) -> str:
+    """Return why no unit of a group can go."""
+    if group.at_least(0) == group.num_units > group.step:
+        return group.min_reason
+    return (
+        f"the {group.num_units} units of {group.key} are as narrow as grouped matrix products of stacked experts run "
+        f"(multiple_of={group.multiple_of})"
+    )

@@ -1,6 +1,8 @@
 """Make groups of the dimensions that grow with a field, under every order of units that is possible."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +18,7 @@ from lightning_prune.structured.structure import Stack
 
 __all__ = ["Proposal", "Proposer"]
 
+_ROW = 8  # entries of 2 bytes in the 16 bytes that rows of grouped matrix products are made of
 _MAX_FUSED = 4  # entries of one FFN unit in one tensor; more of them belong to something repeated inside the module
 
 
@@ -102,7 +105,7 @@ class Proposer:
                 for module, below in modules
                 for name, expert in self._experts(module, below)
             ]
-            yield from compensations(groups, self.roles)
+            yield from compensations(_in_rows(groups), self.roles)
 
     def _group(
         self,
@@ -141,7 +144,7 @@ class Proposer:
             ValueError: if the field does not count experts alone.
         """
         dimensions = self.dimensions(count, change, factor)
-        if any(d.dim or d.per_unit != 1 or d.rest for d in dimensions):
+        if any(not self._is_per_expert(d) or d.per_unit != 1 or d.rest for d in dimensions):
             raise ValueError(f"{count.name} counts more than stacked experts")
         by_layer: dict[int | None, list[Dimension]] = {}
         for dimension in dimensions:
@@ -153,12 +156,18 @@ class Proposer:
                 layer=layer,
                 num_units=count.at(layer),
                 members=tuple(
-                    Member(d.name, 0, ((0, 1),), "out" if self.roles.is_stacked(d.name) else "vector") for d in below
+                    Member(d.name, d.dim, ((0, 1),), "out" if self.roles.is_stacked(d.name) else "vector")
+                    for d in below
                 ),
                 fields={count.name: 1},
             )
             for layer, below in by_layer.items()
         ]
+
+    def _is_per_expert(self, dimension: Dimension) -> bool:
+        """Return whether a dimension is the first, or the only one of a row of numbers, such as correction biases."""
+        shape = self.roles.tensors[dimension.name].shape
+        return dimension.dim == 0 or shape.numel() == shape[dimension.dim]
 
     def counts_experts(self, change: Change) -> bool:
         """Return whether what changes is the number of stacked matrices and the rows of a router."""
@@ -188,7 +197,20 @@ class Proposer:
             members=tuple(Member(d.name, d.dim, ((0, 1),), d.role) for d in dimensions),
             fields={count.name: 1},
             pins={".".join(path): value for path, value in pins.items()},
+            multiple_of=_row(count.at(None)) if any(self.roles.is_stacked(d.name) for d in dimensions) else 1,
         )
+
+
+def _row(num_units: int) -> int:
+    """Return the multiple in which units of grouped matrix products come: rows of 16 bytes of half precision."""
+    return math.gcd(num_units, _ROW)
+
+
+def _in_rows(groups: Sequence[Group]) -> list[Group]:
+    """Return groups that one field counts; where some are units of stacked experts, all come in whole rows."""
+    stacked = [g for g in groups if g.kind == "ffn" and any(member.expert is not None for member in g.members)]
+    row = math.lcm(*(_row(group.num_units) for group in stacked)) if stacked else 1
+    return [dataclasses.replace(group, multiple_of=math.gcd(row, group.num_units)) for group in groups]
 
 
 def _common_module(names: Sequence[str]) -> str:

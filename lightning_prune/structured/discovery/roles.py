@@ -62,6 +62,12 @@ class Roles:
             return "out"
         if isinstance(module, _ConvNd):
             return "vector"
+        if (
+            ndim == 2
+            and not is_linear(module)
+            and any(value.ndim == 3 for value in module._parameters.values() if value is not None)
+        ):
+            return "vector"  # the biases of stacked experts
         is_transposed = is_linear(module) and not isinstance(module, nn.Linear)
         is_transposed = is_transposed or (ndim == 3 and bool(getattr(module, "is_transposed", False)))
         return "in" if (dim == ndim - 1) != is_transposed else "out"

@@ -15,6 +15,7 @@ Shapes: O output features, I input features, J = I + 1, K kept inputs, U units.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -25,12 +26,14 @@ from lightning_prune.calibration import Batch, evaluating, forward_all, to_devic
 from lightning_prune.observation import Observation
 from lightning_prune.oneshot import CurrentBatch, gradients, token_labels
 from lightning_prune.solvers.greedy_output import GreedyOutput, greedy_units, output_energy
+from lightning_prune.structured.discovery.expert_mask import routed_around
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan
 from lightning_prune.structured.undo import Undo, undone_on_error
 from lightning_prune.structured.width import budgets
+from lightning_prune.structured.width.expert_usage import expert_usage
 from lightning_prune.structured.width.options import Chooser, Compensate, WidthOptions, bind, fingerprint, selected
 from lightning_prune.structured.width.repair import refit, write_columns_, zero_units_
-from lightning_prune.structured.width.unit_scores import Reduction, scored_members, standardize, unit_scores
+from lightning_prune.structured.width.unit_scores import Reduction, standardize, unit_scores
 from lightning_prune.targets import find_blocks, is_linear
 from lightning_prune.types import Scorer, Stats
 
@@ -56,6 +59,8 @@ def prune_width(
 ) -> Plan:
     """Zero the least important units of a model in place, repair the output projections, and return what stays.
 
+    Experts that go keep their weights, since zeros would still be chosen; later blocks see a model without them.
+
     Args:
         model: changed in place; shapes stay.
         groups: the groups of the model; those of the kinds in `sparsity` are cut.
@@ -68,7 +73,8 @@ def prune_width(
         budget: `uniform` takes the same share everywhere, `global` ranks standardised scores of one kind over all
             groups, a mapping of `Group.key` to a sparsity overrides `sparsity` for these groups.
         reduction: how scores of weights become scores of units. Default: output projections alone for scorers that
-            look at inputs, all members for others; sums.
+            look at inputs, all members for others; sums. Of whole experts all that they hold counts; scorers that
+            look at inputs rate them by the tokens that are sent to each, and none is made up for by a repair.
         damping: of the refit; None follows the number of calibration tokens.
         seed: of random scores.
         progress: whether to show bars.
@@ -103,15 +109,16 @@ class _Width:
         self.bindings = bind(model, self.groups, options)
         self.tensors = model.state_dict(keep_vars=True)
         self.gone: dict[str, set[int]] = {}
-        self.device = distributed.local(next(iter(self.bindings.values())).parameter.detach()).device
+        self.device = distributed.local(next(model.parameters()).detach()).device
         self.scores: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.needs_walk = options.compensate != "none" or "input" in options.sources()
+        self.around = ExitStack()
+        self.needs_walk = options.repairs or "input" in options.sources()
         self._check()
 
     def run(self) -> Plan:
         """Score, cut and repair all groups."""
-        with evaluating(self.model):
+        with evaluating(self.model), self.around:
             if "step" in self.options.sources():
                 self.scores = self._scores_from_gradients()
             self.counts = self._count()
@@ -151,7 +158,7 @@ class _Width:
             of_kind = [group for group in self.groups if group.kind == kind]
             if sparsity > 0 and all(counts[group.key] == group.num_units for group in of_kind):
                 size = of_kind[0].num_units // of_kind[0].num_parts
-                step = max(1, self._multiple(of_kind[0]))
+                step = budgets.step_of(of_kind[0], self._multiple(of_kind[0])) // of_kind[0].num_parts
                 raise ValueError(
                     f"sparsity {sparsity} of {kind} removes nothing: they come in runs of {size} that lose whole "
                     f"{'units' if step == 1 else f'multiples of {step}'}; give at least {step / size:.4g}, or leave "
@@ -164,7 +171,7 @@ class _Width:
         """Return the members whose layer inputs are needed."""
         members = list(group.readers)
         if isinstance(self.options.scorer, Scorer) and "input" in self.options.sources():
-            members += scored_members(group, self.options.reduction.members)
+            members += self.options.scored(group)
         return list(dict.fromkeys(members))
 
     def _statistics(self, group: Group, member: Member, *, repair: bool) -> dict[str, Mapping[str, float]]:
@@ -172,7 +179,7 @@ class _Width:
         scorer, needs = self.options.scorer, dict[str, Mapping[str, float]]()
         if not isinstance(scorer, Scorer):
             needs["gram"] = {}
-        elif "input" in self.options.sources() and member in scored_members(group, self.options.reduction.members):
+        elif "input" in self.options.sources() and member in self.options.scored(group):
             needs |= scorer.needs
         if repair and member in group.readers and self.options.compensate != "none":
             needs["gram" if self.options.compensate == "least_squares" else "input_moments"] = {}
@@ -191,8 +198,11 @@ class _Width:
                     own[name] = kind(binding.parameter.detach(), binding.shape_OI[1], **values)
         feeds = [(self.bindings[name], statistic) for name, own in made.items() for statistic in own.values()]
         handles = hooks.observe_inputs(called, feeds, only_training=False)
+        counted = [group for group in groups if self.options.counts_tokens(group)]
         try:
-            run()
+            self.scores |= expert_usage(self.model, called, counted, run) if counted else {}
+            if not counted:
+                run()
         finally:
             for handle in handles:
                 handle.remove()
@@ -215,11 +225,11 @@ class _Width:
         if not isinstance(scorer, Scorer):
             return sum((self._energy(group, member, readings) for member in group.readers), torch.zeros(()))
         scores = {}
-        for member in scored_members(group, self.options.reduction.members):
+        for member in self.options.scored(group):
             binding = self.bindings[member.name]
             stats = Stats(readings.get(member.name, {}), 0, self.options.seed)
             scores[member.name] = binding.from_matrix(scorer.score(binding.target(whole=True), stats))
-        return unit_scores(group, scores, self.options.reduction)
+        return unit_scores(group, scores, self.options.reduction_of(group))
 
     def _energy(self, group: Group, member: Member, readings: Readings) -> Tensor:
         weight_OI, gram_II, size = self._unit_columns(group, member, readings)
@@ -236,9 +246,9 @@ class _Width:
 
     def _scores_from_gradients(self) -> dict[str, Tensor]:
         """Return score_U of all groups from the gradients of every batch's loss."""
-        scorer, reduction = self.options.scorer, self.options.reduction
+        scorer = self.options.scorer
         assert isinstance(scorer, Scorer)
-        names = {member.name for group in self.groups for member in scored_members(group, reduction.members)}
+        names = {member.name for group in self.groups for member in self.options.scored(group)}
         bindings = [self.bindings[name] for name in sorted(names)]
         observation = Observation(scorer, bindings)
         with gradients(self.model, bindings):
@@ -274,6 +284,7 @@ class _Width:
             )
             readings = self._observe(self.groups, self.model, run, repair=False)
         scores = {group.key: standardize(self._unit_scores(group, readings)) for group in self.groups}
+        self.scores = {} if "input" in options.sources() else self.scores  # experts are counted again as they are cut
         counts: dict[str, int] = {}
         for kind, sparsity in options.sparsity.items():
             of_kind = [group for group in self.groups if group.kind == kind]
@@ -292,6 +303,7 @@ class _Width:
         current = CurrentBatch()
 
         def visit(block: nn.Module, run: Callable[[], None]) -> None:
+            self.around.close()
             for group in groups_of[id(block)]:
                 readings = self._observe([group], current, run)
                 kept.append((group.key, self._cut(group, readings)))
@@ -322,8 +334,9 @@ class _Width:
         owner = {id(module): id(block) for block in find_blocks(self.model) for module in block.modules()}
         groups_of: dict[int, list[Group]] = {}
         for group in self.groups:
-            member = self._observed(group)[0]
-            block = owner.get(id(self.bindings[member.name].module))
+            members = self._observed(group)
+            inside = self.bindings[members[0].name].module if members else self.model.get_submodule(group.name)
+            block = owner.get(id(inside))
             if block is None:
                 raise ValueError(
                     f"{group.key} lies in none of the repeated blocks of the model, which are walked in order"
@@ -345,6 +358,9 @@ class _Width:
             binding = self.bindings[member.name]
             keep_K = [column for column in range(binding.shape_OI[1]) if column not in gone]
             repaired.append((binding, keep_K, refit(binding, readings[member.name], keep_K, self.options)))
+        if group.kind == "experts":  # zeros would still be chosen: no token is sent to them from here on
+            self.around.enter_context(routed_around(self.model, {group.key: group}, [Cut(group.key, keep)]))
+            return keep
         zero_units_(self.tensors, group, removed, self.undo)
         for binding, keep_K, (weight_OK, bias_O) in repaired:
             write_columns_(binding, keep_K, weight_OK, bias_O, self.undo)

@@ -19,18 +19,18 @@ from torch import Tensor
 from lightning_prune.granularity import num_kept
 from lightning_prune.structured.groups import Group
 
-__all__ = ["by_rank", "chosen", "step_of", "uniform"]
+__all__ = ["by_rank", "chosen", "nearest", "step_of", "uniform"]
 
 
 def step_of(group: Group, multiple_of: int) -> int:
-    """Return the number of units that stay or go together: a multiple of the parts and of `multiple_of`.
+    """Return the number of units that stay or go together: a multiple of the group's own step and of `multiple_of`.
 
     Raises:
         ValueError: if the group does not have as many.
     """
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be >= 1, got {multiple_of}; kernels like 8, 16 or 64")
-    step = math.lcm(group.num_parts, multiple_of)
+    step = math.lcm(group.step, multiple_of)
     if step > group.num_units:
         raise ValueError(
             f"{group.key} has {group.num_units} units in {group.num_parts} parts, so no multiple of {multiple_of} can "
@@ -46,11 +46,23 @@ def uniform(group: Group, sparsity: float, multiple_of: int = 1) -> int:
     multiples wide may stay whole.
 
     Raises:
+        ValueError: if the sparsity would leave nothing or fewer units than the model needs, or the multiple does not
+            fit the group.
+    """
+    number = nearest(group, sparsity, multiple_of)
+    group.check_number(number)
+    return number
+
+
+def nearest(group: Group, sparsity: float, multiple_of: int = 1) -> int:
+    """Return the same where the model need not run with so few units.
+
+    Raises:
         ValueError: if the sparsity would leave nothing, or the multiple does not fit the group.
     """
     _check_sparsity(group.key, sparsity)
     step = step_of(group, multiple_of)
-    if multiple_of == 1:
+    if step == group.num_parts:
         return num_kept(sparsity, group.num_units // group.num_parts) * group.num_parts
     wanted = group.num_units * (1 - sparsity)
     counts = {*range(step, group.num_units + 1, step)} | ({group.num_units} if sparsity == 0 else set())
@@ -76,26 +88,33 @@ def by_rank(
     """
     _check_sparsity(", ".join(group.key for group in groups), sparsity)
     steps = {group.key: step_of(group, multiple_of) for group in groups}
-    kept = dict(steps)
+    kept = {group.key: _lowest(group, steps[group.key]) for group in groups}
     total = num_kept(sparsity, sum(group.num_units for group in groups))
     spare = total - sum(kept.values())
     if spare < 0:
-        fullest = max(groups, key=lambda group: steps[group.key])
+        fullest = max(groups, key=lambda group: kept[group.key])
         raise ValueError(
             f"sparsity {sparsity} over {len(groups)} groups keeps {total} units, fewer than the one step that each "
-            f"group needs ({steps[fullest.key]} of {fullest.key}); "
+            f"group needs ({kept[fullest.key]} of {fullest.key}); "
             "lower the sparsity or multiple_of, or remove whole blocks"
         )
     rungs = [
         (-score, index, place, group.key)
         for index, group in enumerate(groups)
-        for place, score in enumerate(_ladder(group, scores[group.key], steps[group.key])[1:])
+        for place, score in enumerate(
+            _ladder(group, scores[group.key], steps[group.key])[kept[group.key] // steps[group.key] :]
+        )
     ]
     for _, _, _, key in sorted(rungs):
         if steps[key] <= spare:
             kept[key] += steps[key]
             spare -= steps[key]
     return kept
+
+
+def _lowest(group: Group, step: int) -> int:
+    """Return the fewest units that may stay, in whole steps."""
+    return -(-group.at_least(step) // step) * step
 
 
 def chosen(group: Group, score_U: Tensor, num_keep: int) -> tuple[int, ...]:

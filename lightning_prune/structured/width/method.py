@@ -36,9 +36,11 @@ class Width(StructuredMethod):
 
     Args:
         sparsity: kind of unit (ffn, heads, kv_groups, experts, channels) -> share of its units that go, in [0, 1).
-        scorer: rates weights, or chooses units by the error of the output.
-        compensate: `least_squares`, `bias` or `none`.
-        multiple_of: feed-forward widths that stay are multiples of it.
+        scorer: rates weights, or chooses units by the error of the output. Experts: a scorer that looks at inputs, such
+            as Wanda, counts the tokens that are sent to each; others rate all weights of an expert.
+        compensate: `least_squares`, `bias` or `none`. Whole experts have nothing that reads them: they go unrepaired.
+        multiple_of: feed-forward widths that stay are multiples of it; those of stacked experts always of 8, where
+            the model's own is one.
         budget: `uniform`, `global`, or `Group.key` -> sparsity for single groups.
         reduction: how scores of weights become scores of units; None follows the scorer.
         damping: of the refit; None follows the number of calibration tokens.
@@ -81,12 +83,12 @@ class Width(StructuredMethod):
     @property
     def needs_batches(self) -> bool:
         """Return whether units are scored or repaired by calibration data."""
-        return self.compensate != "none" or bool(self._options().sources())
+        return self._options().repairs or bool(self._options().sources())
 
     @property
     def repairs(self) -> bool:
         """Return whether output projections are refitted."""
-        return self.compensate != "none"
+        return self._options().repairs
 
     def plan(
         self,

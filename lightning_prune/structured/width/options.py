@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_prune import distributed, registry
 from lightning_prune.calibration import Batch
 from lightning_prune.solvers.greedy_output import GreedyOutput, OutputChooser
-from lightning_prune.structured.groups import Group, Kind
+from lightning_prune.structured.groups import Group, Kind, Member
 from lightning_prune.structured.width.unit_scores import Reduction, scored_members
 from lightning_prune.targets import Binding, Targets
 from lightning_prune.types import Scorer
@@ -56,12 +56,45 @@ class WidthOptions:
             raise ValueError(f"{type(self.scorer).__name__} rates units as they are; leave out the reduction")
         if isinstance(self.scorer, GreedyOutput) and self.budget == "global":
             raise ValueError("GreedyOutput rates no units, so budget='global' cannot rank them; use OutputEnergy")
+        if "experts" in self.sparsity and not isinstance(self.scorer, Scorer):
+            raise ValueError(
+                f"{type(self.scorer).__name__} rates the columns of output projections, and nothing reads experts; cut "
+                "them with Wanda (by the tokens that are sent to each), Magnitude, Random or Taylor"
+            )
 
     def sources(self) -> set[str]:
         """Return what feeds the scorer: `input`, `step` or nothing."""
         if not isinstance(self.scorer, Scorer):
             return {"input"}
         return {registry.statistic(name).source for name in self.scorer.needs}
+
+    @property
+    def repairs(self) -> bool:
+        """Return whether what stays is changed; whole experts have nothing that reads them and could make up."""
+        return self.compensate != "none" and any(kind != "experts" for kind in self.sparsity)
+
+    @property
+    def counts_experts(self) -> bool:
+        """Return whether experts are among what is cut and rated by tokens."""
+        return "experts" in self.sparsity and isinstance(self.scorer, Scorer) and "input" in self.sources()
+
+    def counts_tokens(self, group: Group) -> bool:
+        """Return whether a group is rated by the tokens that are sent to its units: experts, by inputs."""
+        return group.kind == "experts" and self.counts_experts
+
+    def scored(self, group: Group) -> tuple[Member, ...]:
+        """Return the members of a group whose weights are scored.
+
+        Raises:
+            ValueError: if the group has none.
+        """
+        if self.counts_tokens(group):
+            return ()
+        return scored_members(group, "all" if group.kind == "experts" else self.reduction.members)
+
+    def reduction_of(self, group: Group) -> Reduction:
+        """Return how scores are reduced in a group; experts are read by nothing, so all they hold counts."""
+        return dataclasses.replace(self.reduction, members="all") if group.kind == "experts" else self.reduction
 
     @property
     def reduction(self) -> Reduction:
@@ -82,6 +115,7 @@ class WidthOptions:
             "reduction": dataclasses.asdict(self.reduction) if is_scorer else None,
             "damping": self.damping,
             "seed": self.seed,
+            **({"experts": "tokens sent to each"} if self.counts_experts else {}),
         }
 
 
@@ -119,10 +153,9 @@ def bind(model: nn.Module, groups: Sequence[Group], options: WidthOptions) -> di
     Raises:
         ValueError: if one is not a weight of the model, or is sharded.
     """
-    members = options.reduction.members
-    rating = [member for group in groups for member in (*group.readers, *scored_members(group, members))]
+    rating = [member for group in groups for member in (*group.readers, *options.scored(group))]
     names = tuple(dict.fromkeys(member.name for member in rating))
-    bindings = {binding.name: binding for binding in Targets(include=names).resolve(model)}
+    bindings = {binding.name: binding for binding in Targets(include=names).resolve(model)} if names else {}
     for name in names:
         if name not in bindings:
             raise ValueError(f"{name} is not a weight of its own in the model (tied, or renamed by a wrapper)")

@@ -92,6 +92,10 @@ def _units_left(
             f"has {group.num_units // group.num_parts}; possible are "
             f"{_multiples(parts_left, group.num_units // group.num_parts)}"
         )
+    try:
+        group.check_number(per_part * group.num_parts)
+    except ValueError as error:
+        raise ValueError(f"{field}={wanted[field]}: {error}") from error
     return per_part * group.num_parts
 
 

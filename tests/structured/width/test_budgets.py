@@ -58,6 +58,28 @@ def test_a_ranking_over_groups_keeps_parts_equal_and_nothing_empty() -> None:
     assert by_rank(groups, scores, 0.5) == {"a:heads": 4, "b:heads": 2}
 
 
+def test_a_group_that_needs_some_units_keeps_them() -> None:
+    routed = Group("moe", "experts", 0, 8, (), min_units=4, min_reason="its router sends every token to 4 of them")
+    assert uniform(routed, 0.5) == 4
+    with pytest.raises(ValueError, match=r"moe:experts would keep 2 of 8 units, but its router .* at most 0\.5"):
+        uniform(routed, 0.75)
+    other = Group("b", "experts", 0, 8, (), min_units=4)
+    scores = {"moe:experts": torch.arange(8.0), "b:experts": torch.arange(8.0) + 10}
+    assert by_rank([routed, other], scores, 0.25) == {"moe:experts": 4, "b:experts": 8}
+    with pytest.raises(ValueError, match=r"keeps 6 units, fewer than the one step .* \(4 of moe:experts\)"):
+        by_rank([routed, other], scores, 0.625)
+
+
+def test_rows_of_grouped_products_are_kept_whole() -> None:
+    rows = Group("expert", "ffn", 0, 40, (), multiple_of=8)
+    assert (uniform(rows, 0.25), uniform(rows, 0.0), step_of(rows, 1), step_of(rows, 12)) == (32, 40, 8, 24)
+    other = Group("b", "ffn", 0, 40, (), multiple_of=8)
+    assert by_rank([rows, other], {"expert:ffn": torch.zeros(40), "b:ffn": torch.ones(40)}, 0.5) == {
+        "expert:ffn": 8,
+        "b:ffn": 32,
+    }
+
+
 def test_what_is_wrong_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"sparsity must be in \[0, 1\), got 1.0 for mlp:ffn; to remove all of it, skip"
