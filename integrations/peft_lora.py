@@ -16,7 +16,7 @@ from lightning_prune import distributed
 from lightning_prune.integrations.peft_layers import LoraForm, LoraLinear, MaskOf, change_class
 from lightning_prune.integrations.peft_quantized import is_quantized, mask_quantized
 from lightning_prune.masks import unpack
-from lightning_prune.registry import unknown
+from lightning_prune.names import shorten, unknown
 from lightning_prune.saved_state import load_file
 from lightning_prune.targets import Targets, is_linear
 
@@ -62,7 +62,9 @@ def check_config(form: str, config: Mapping[str, Any]) -> None:
     known = list(LoraConfig.__dataclass_fields__)
     for name in config:
         if name not in known:
-            raise ValueError(unknown("field of PEFT's LoraConfig", name, known))
+            raise ValueError(
+                unknown("key", f"recover.lora.config.{name}", [f"recover.lora.config.{one}" for one in known])
+            )
     if form != "plain":
         for name in ("lora_dropout", "use_dora", "lora_bias"):
             if config.get(name):
@@ -72,7 +74,10 @@ def check_config(form: str, config: Mapping[str, Any]) -> None:
                 )
         if config.get("init_lora_weights", True) is not True:
             raise ValueError(f"form {form} has a start of its own; remove init_lora_weights from recover.lora.config")
-    LoraConfig(**config)
+    try:
+        LoraConfig(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recover.lora.config: PEFT refuses it: {shorten(str(error), 300)}") from error
 
 
 def add_lora(

@@ -27,6 +27,11 @@ class MetricGuard:
     action: Literal["hold", "rollback"] = "hold"
 
     def __post_init__(self) -> None:
+        if not self.metric.strip():
+            raise ValueError("guard.metric is empty; give the name under which the trainer logs it")
+        for name, bound in (("max", self.max), ("min", self.min)):
+            if bound is not None and not math.isfinite(bound):
+                raise ValueError(f"guard.{name} must be a finite number, got {bound}; a bound like it never fires")
         if self.max is None and self.min is None:
             raise ValueError(f"guard on {self.metric!r} has neither max nor min, so it has no effect; give one")
         if self.max is not None and self.min is not None and self.min > self.max:

@@ -5,20 +5,18 @@ library's own; `trainer`, `model` and `data` belong to `lightning-prune run` and
 """
 
 import copy
-import inspect
 import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader
+from typing import Any, Self, get_type_hints
 
 from lightning_prune import registry
 from lightning_prune.granularity import Channel
+from lightning_prune.names import brief, shorten, unknown
 from lightning_prune.recipe_sections import Evaluate, Export, Lora, Prune, Recover, ReportOptions, Shrink
+from lightning_prune.recipe_values import plain, read, without_none
+from lightning_prune.recipe_yaml import read_yaml, read_yaml_file, write_yaml
 from lightning_prune.schedules import Existing
 from lightning_prune.sparsifier import Sparsifier
 
@@ -58,6 +56,8 @@ class Recipe:
     name: str = field(default="recipe", compare=False)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {self.seed}")
         form = None if self.export is None else self.export.format
         if form == "per_layer" and (self.shrink is None or self.shrink.method is None):
             raise ValueError("export.format per_layer is for blocks of different shapes; only shrink.method makes such")
@@ -101,36 +101,36 @@ class Recipe:
             name, where, content = "recipe", "recipe", copy.deepcopy(dict(source))
         else:
             name, path = _locate(str(source))
-            where, content = str(path), _read(path)
+            where, content = shorten(str(path), 160), read_yaml_file(path)
         if not isinstance(content, dict):
-            raise ValueError(f"{where}: a recipe is a mapping of sections, got {type(content).__name__}")
+            raise ValueError(f"{where}: a recipe is a mapping of sections, got {brief(content)}")
         _fill_default_classes(content)
-        for override in overrides:
+        for override in sorted(overrides, key=_num_names):
             _override(content, override)
         if overrides:
-            where = f"{where} with {' '.join(overrides)}"
+            where = f"{where} with {shorten(' '.join(overrides), 100)}"
         try:
             recipe = cls(name=name, **_parse(content))
             if recipe.prune is not None or recipe.recover is not None:
                 recipe.sparsifier()
-        except (ValueError, TypeError, ArgumentError) as error:
+        except ValueError as error:
             raise ValueError(f"{where}: {one_line(error)}") from error
         return recipe
 
     def as_dict(self) -> dict[str, Any]:
         """Return every value as plain lists, dicts, numbers and strings; sections a callback ignores only if given."""
-        own = {key: _plain(getattr(self, key)) for key in _own_sections()}
+        own = {key: plain(getattr(self, key)) for key in _own_sections()}
         raw = {key: copy.deepcopy(getattr(self, key)) for key in _RAW if getattr(self, key) is not None}
         return own | raw
 
     def dump(self) -> str:
         """Return the recipe as YAML; loading it gives an equal recipe."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, width=120)
+        return write_yaml(self.as_dict())
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the section that decides the masks, as plain values to compare when a run is resumed."""
-        plain: dict[str, Any] = _plain(self.masking())
-        return plain
+        values: dict[str, Any] = plain(self.masking())
+        return values
 
     def masking(self) -> Prune:
         """Return the section `prune`; for a recipe that only recovers, one that holds the zeros there are.
@@ -185,104 +185,44 @@ def _locate(source: str) -> tuple[str, Path]:
     packaged = packaged_recipes()
     if source in packaged:
         return source, packaged[source]
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path.stem, path
-    raise ValueError(f"{registry.unknown('recipe', source, packaged)}; a path to a YAML file works too")
-
-
-def _read(path: Path) -> Any:
     try:
-        return get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {one_line(error)}") from error
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path.stem, path
+        there, is_folder = path.exists(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # over-long, unreadable, ~nosuchuser, a zero byte
+        raise ValueError(f"{shorten(source, 80)}: cannot be opened: {shorten(_reason(error), 100)}") from error
+    if there:
+        what = "a folder" if is_folder else "no regular file"
+        raise ValueError(f"{shorten(source, 120)}: is {what}; a recipe is a YAML file or a packaged name")
+    if path.suffix in (".yaml", ".yml", ".json") or source.startswith((".", "/", "~")):
+        raise ValueError(f"{shorten(source, 120)}: no such file; a recipe is a YAML file or a packaged name")
+    raise ValueError(
+        f"{unknown('recipe', source, packaged)}; no file of this name either, and lightning-prune methods lists all"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _own_sections() -> list[str]:
     return [item.name for item in fields(Recipe) if item.name not in (*_RAW, "name")]
 
 
-def _parse(content: dict[str, Any]) -> dict[str, Any]:
-    """Check a recipe's content and return the arguments of `Recipe`."""
-    _check_keys(Recipe, content, "")
-    parser = ArgumentParser(exit_on_error=False)
+def _parse(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Check a recipe's content and return the arguments of `Recipe`; a section that is null is left out."""
+    sections = [*_own_sections(), *_RAW]
+    for key in content:
+        if key not in sections:
+            raise ValueError(unknown("key", str(key), sections))
+    for key in _RAW:
+        allowed = (Mapping,) if key == "trainer" else (Mapping, str)  # a class alone may stand by its name
+        if content.get(key) is not None and not isinstance(content[key], allowed):
+            raise ValueError(f"{key} must be a mapping, got {brief(content[key])}")
     hints = get_type_hints(Recipe)
-    own = [key for key in _own_sections() if content.get(key) is not None]
-    for key in own:
-        parser.add_argument(f"--{key}", type=_without_none(hints[key]))
-    parsed = parser.instantiate(parser.parse_object({key: content[key] for key in own}))
-    return {key: parsed[key] for key in own} | {key: content[key] for key in _RAW if key in content}
-
-
-def _check_keys(kind: Any, value: Any, path: str) -> None:
-    """Compare every key and class name with what the types know.
-
-    Args:
-        kind: the type that stands at this place.
-        value: the raw content at this place.
-        path: the dotted key of this place, empty at the top.
-
-    Raises:
-        ValueError: naming the key or class and the nearest known one.
-    """
-    kind = _without_none(kind)
-    rooms = _rooms(kind)
-    if rooms:
-        _check_class(rooms, value, path)
-    elif is_dataclass(kind) and isinstance(value, Mapping):
-        known = [item.name for item in fields(kind) if item.name != "name" or kind is not Recipe]
-        _check_names(value, known, path)
-        hints = get_type_hints(kind)
-        for key, inner in value.items():
-            _check_keys(hints[key], inner, _join(path, key))
-
-
-def _without_none(kind: Any) -> Any:
-    """Return the type that an optional value has when it is given; other types unchanged."""
-    options = [option for option in get_args(kind) if option is not type(None)]
-    return options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
-
-
-def _check_class(rooms: Sequence[str], value: Any, path: str) -> None:
-    spec = {"class_path": value} if isinstance(value, str) else value
-    if not isinstance(spec, Mapping):
-        return
-    _check_names(spec, ("class_path", "init_args"), path)
-    name = spec.get("class_path")
-    if not isinstance(name, str):
-        raise ValueError(
-            f"{path} needs a class name, for example {registry.entries(rooms[0])[0].cls.__name__}, got {value!r}"
-        )
-    if "." not in name:
-        try:
-            cls = registry.get(rooms, name)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        options, known = spec.get("init_args") or {}, inspect.signature(cls).parameters
-        if options and not known:
-            raise ValueError(f"unknown key {_join(path, next(iter(options)))!r}; {name} takes no options")
-        _check_names(options, known, path)
-        hints = get_type_hints(cls) if is_dataclass(cls) else {}
-        for key, inner in options.items() if isinstance(options, Mapping) else ():
-            _check_keys(hints.get(key, Any), inner, _join(path, key))
-
-
-def _check_names(names: Iterable[str], known: Iterable[str], path: str) -> None:
-    offered = [_join(path, name) for name in known]
-    for name in names:
-        if _join(path, name) not in offered:
-            raise ValueError(registry.unknown("key", _join(path, name), offered))
-
-
-def _join(path: str, name: object) -> str:
-    return f"{path}.{name}" if path else str(name)
-
-
-def _rooms(kind: Any) -> list[str]:
-    """Return the rooms that a value of this type is chosen from; none if it may be something else too."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    found = [room for option in options for room, base in registry.rooms().items() if base is option]
-    return found if len(found) == len(options) else []
+    given = {key: value for key, value in content.items() if value is not None or key == "seed"}
+    return {key: value if key in _RAW else read(without_none(hints[key]), value, key) for key, value in given.items()}
 
 
 def _fill_default_classes(content: dict[str, Any]) -> None:
@@ -292,15 +232,20 @@ def _fill_default_classes(content: dict[str, Any]) -> None:
         return
     hints = get_type_hints(Prune)
     for item in fields(Prune):
-        if _rooms(hints[item.name]) and item.default_factory is not MISSING:
-            prune.setdefault(item.name, _plain(item.default_factory()))
+        if registry.room_of(hints[item.name]) and item.default_factory is not MISSING:
+            prune.setdefault(item.name, plain(item.default_factory()))
+
+
+def _num_names(override: str) -> int:
+    """Count the names of a dotted key, so that what holds others is overridden before them."""
+    return len([name for name in override.partition("=")[0].split(".") if name not in ("init_args", "class_path")])
 
 
 def _override(content: dict[str, Any], override: str) -> None:
-    """Set one value of a recipe's content, by its dotted key."""
+    """Set one value of a recipe's content, by its dotted key; a new class keeps no option of the one before."""
     key, equals, text = override.lstrip("-").partition("=")
     if not equals or not key:
-        raise ValueError(f"an override is written section.key=value, got {override!r}")
+        raise ValueError(f"an override is written section.key=value, got {brief(override)}")
     *parents, last = key.split(".")
     node = content
     for name in parents:
@@ -308,12 +253,14 @@ def _override(content: dict[str, Any], override: str) -> None:
     if last not in node and "class_path" in node and last != "init_args":
         node = _open(node, "init_args")
     try:
-        value = get_loader("yaml")(text)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except ValueError as error:
         raise ValueError(
-            f"the value of {override!r} is not YAML: {one_line(error)}; text with signs needs quotes"
+            f"the value of {brief(override)} is not YAML: {error}; text with signs needs quotes"
         ) from error
-    node[last] = _switch_class(node.get(last), value)
+    if last == "class_path":
+        node.clear()
+    node[last] = value
 
 
 def _open(node: dict[str, Any], name: str) -> dict[str, Any]:
@@ -327,34 +274,3 @@ def _open(node: dict[str, Any], name: str) -> dict[str, Any]:
         inner = {}
     node[name] = inner
     return inner
-
-
-def _switch_class(old: Any, new: Any) -> Any:
-    """Return the value that replaces another; a class takes over the options it shares with the class before it."""
-    if not (isinstance(old, dict) and "class_path" in old and isinstance(new, str)):
-        return new
-    for room in registry.rooms():
-        for entry in registry.entries(room):
-            if new == entry.cls.__name__:
-                shared = inspect.signature(entry.cls).parameters
-                kept = {key: value for key, value in (old.get("init_args") or {}).items() if key in shared}
-                return {"class_path": new, "init_args": kept}
-    return new
-
-
-def _plain(value: Any) -> Any:
-    """Turn options into lists, dicts, numbers and strings; a class of a room becomes class_path and init_args."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    cls = type(value)
-    room = next((room for room, base in registry.rooms().items() if isinstance(value, base)), None)
-    if room is None:
-        return (
-            {item.name: _plain(getattr(value, item.name)) for item in fields(value)} if is_dataclass(value) else value
-        )
-    is_packaged = any(cls is entry.cls for entry in registry.entries(room))
-    options = {name: _plain(getattr(value, name)) for name in inspect.signature(cls).parameters}
-    path = cls.__name__ if is_packaged else f"{cls.__module__}.{cls.__qualname__}"
-    return {"class_path": path} | ({"init_args": options} if options else {})

@@ -12,6 +12,8 @@ from lightning_prune.types import Schedule
 
 __all__ = ["Cosine", "Cubic", "Existing", "Geometric", "Linear", "Once", "Ramp", "moment_to_step"]
 
+_MOST_STEPS = 10**12
+
 
 def moment_to_step(moment: int | float, total_steps: int) -> int:
     """Turn a step or a fraction of training into an optimizer step."""
@@ -26,10 +28,11 @@ def _check_sparsity(name: str, value: float) -> None:
 
 
 def _check_moment(name: str, value: int | float) -> None:
-    if not value >= 0 or (isinstance(value, float) and value > 1):
+    is_step = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_STEPS
+    if not is_step and not (isinstance(value, float) and 0 <= value <= 1):
         raise ValueError(
-            f"{name} must be an optimizer step (a whole number >= 0) or a fraction of training in [0.0, 1.0], "
-            f"got {value}"
+            f"{name} must be an optimizer step (a whole number from 0 to {_MOST_STEPS}) or a fraction of training in "
+            f"[0.0, 1.0], got {value}"
         )
 
 

@@ -238,7 +238,7 @@ def test_a_lora_that_a_program_made_is_taken_over(form: LoraForm) -> None:
     [
         ({"target_modules": ["q_proj", "v_prj"]}, "unknown target module 'v_prj'; did you mean 'v_proj'"),
         ({"r": 33}, r"r = 33 is larger than .*q_proj, which is 32 x 32; use at most 32"),
-        ({"rank": 4}, "unknown field of PEFT's LoraConfig 'rank'"),
+        ({"rank": 4}, "unknown key 'recover.lora.config.rank'"),
         ({"lora_dropout": 0.1}, "no place for lora_dropout"),
         ({"use_dora": True}, "no place for use_dora"),
         ({"init_lora_weights": "pissa"}, "start of its own"),

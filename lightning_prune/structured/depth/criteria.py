@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune import distributed
+from lightning_prune.bounds import at_least
 from lightning_prune.calibration import evaluating, to_device
 
 __all__ = [
@@ -155,6 +156,9 @@ class NextTokenLoss(Criterion):
 
     chunk: int = 1024
 
+    def __post_init__(self) -> None:
+        at_least(1, chunk=self.chunk)
+
     def prepare(self, model: nn.Module, batches: Sequence[Batch]) -> Evaluate:
         """Return the loss as a function of what is removed."""
         _check_batches(batches)
@@ -166,6 +170,9 @@ class SequencePerplexity(Criterion):
     """BlockPruner's perplexity: exp of the mean over sequences of their mean loss."""
 
     chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        at_least(1, chunk=self.chunk)
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch]) -> Evaluate:
         """Return the perplexity as a function of what is removed."""
@@ -214,6 +221,9 @@ class Divergence(Criterion):
 
     keep_logits: bool = False
     chunk: int = 256
+
+    def __post_init__(self) -> None:
+        at_least(1, chunk=self.chunk)
 
     @abstractmethod
     def compare(self, logits_NV: Tensor, intact_NV: Tensor) -> Tensor:

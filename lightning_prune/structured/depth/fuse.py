@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_prune import distributed
+from lightning_prune.bounds import at_least
 from lightning_prune.calibration import evaluating
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.depth.alike import check_alike, rank_limits
@@ -64,18 +65,9 @@ class FuseTraining:
     coefficient_learning_rate: float = 1e-3
     loss: HiddenLoss = field(default_factory=HiddenSquaredError)
 
-    def check(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ValueError: if one is out of range.
-        """
-        for name in ("rank", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "coefficient_learning_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        at_least(1, rank=self.rank, epochs=self.epochs, batch_size=self.batch_size)
+        at_least(0, learning_rate=self.learning_rate, coefficient_learning_rate=self.coefficient_learning_rate)
 
 
 def macro_influence(
@@ -152,6 +144,16 @@ class FuseGPT(StructuredMethod):
     training: FuseTraining = field(default_factory=FuseTraining)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        at_least(1, num_blocks=self.num_blocks, num_score_batches=self.num_score_batches)
+        at_least(0, seed=self.seed)
+        if (self.num_blocks is None) == (self.share is None):
+            raise ValueError(f"give num_blocks or share, got num_blocks={self.num_blocks} and share={self.share}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share must be in (0, 1), got {self.share}")
+        if self.group_size < 3:
+            raise ValueError(f"group_size must be >= 3, so that every block has a neighbour, got {self.group_size}")
+
     @property
     def repairs(self) -> bool:
         """Return True: the neighbours change."""
@@ -215,17 +217,8 @@ class FuseGPT(StructuredMethod):
         """Return how many blocks go."""
         check_no_state_file(self, state_file)
         total = len(find_blocks(model))
-        if (self.num_blocks is None) == (self.share is None):
-            raise ValueError(f"give num_blocks or share, got num_blocks={self.num_blocks} and share={self.share}")
-        if self.share is not None and not 0 < self.share < 1:
-            raise ValueError(f"share must be in (0, 1), got {self.share}")
         number = max(1, round(self.share * total)) if self.share is not None else (self.num_blocks or 0)
         check_number(model, number)
-        if self.group_size < 3:
-            raise ValueError(f"group_size must be >= 3, so that every block has a neighbour, got {self.group_size}")
-        if self.num_score_batches < 1:
-            raise ValueError(f"num_score_batches must be >= 1, got {self.num_score_batches}")
-        self.training.check()
         check_whole(model)
         check_alike(model)
         _check_rank(model, self.training.rank)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_prune.bounds import at_least
 from lightning_prune.structured.depth.bypass import Part, SubBlock
 from lightning_prune.structured.depth.candidates import block_candidates, choose_parts, is_state_space, part_candidates
 from lightning_prune.structured.depth.criteria import Criterion, JensenShannon, NextTokenLoss, SequencePerplexity
@@ -55,6 +56,11 @@ class ShortGPT(StructuredMethod):
     contiguous: bool = False
     last_token_only: bool = False
 
+    def __post_init__(self) -> None:
+        at_least(1, num_blocks=self.num_blocks)
+        if self.last_token_only and not self.contiguous:
+            raise ValueError("last_token_only has no effect without contiguous; set both or neither")
+
     def plan(
         self,
         model: nn.Module,
@@ -67,8 +73,6 @@ class ShortGPT(StructuredMethod):
         """Choose blocks from one pass over the batches."""
         check_no_state_file(self, state_file)
         check_number(model, self.num_blocks)
-        if self.last_token_only and not self.contiguous:
-            raise ValueError("last_token_only has no effect without contiguous; set both or neither")
         if self.contiguous:
             values = run_distance(model, batches, self.num_blocks, last_token_only=self.last_token_only)
             start = min(range(len(values)), key=values.__getitem__)
@@ -90,6 +94,9 @@ class RemoveTail(StructuredMethod):
     """
 
     num_blocks: int
+
+    def __post_init__(self) -> None:
+        at_least(1, num_blocks=self.num_blocks)
 
     @property
     def needs_batches(self) -> bool:
@@ -130,6 +137,9 @@ class SLEB(StructuredMethod):
     criterion: Criterion = field(default_factory=NextTokenLoss)
     protect_first: int = 1
     protect_last: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(0, protect_first=self.protect_first, protect_last=self.protect_last)
 
     def plan(
         self,
@@ -182,6 +192,9 @@ class MambaShedder(StructuredMethod):
     protect_first: int = 0
     protect_last: int = 0
 
+    def __post_init__(self) -> None:
+        at_least(0, protect_first=self.protect_first, protect_last=self.protect_last)
+
     def plan(
         self,
         model: nn.Module,
@@ -219,6 +232,10 @@ class BlockPruner(StructuredMethod):
     parts: tuple[Part, ...] = BOTH
     protect_first: int = 0
     protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, protect_first=self.protect_first, protect_last=self.protect_last)
+        _check_parts(self.parts)
 
     def plan(
         self,
@@ -265,6 +282,11 @@ class FinerCut(StructuredMethod):
     exclude_first: float = 0.4
     parts: tuple[Part, ...] = BOTH
 
+    def __post_init__(self) -> None:
+        _check_parts(self.parts)
+        if not 0 <= self.exclude_first < 1:
+            raise ValueError(f"exclude_first must be in [0, 1), got {self.exclude_first}; it is a share of the blocks")
+
     def plan(
         self,
         model: nn.Module,
@@ -287,3 +309,8 @@ class FinerCut(StructuredMethod):
         )
         gone = _parts_of(removal, parts)
         return make_plan(self, model, structure, batches, parts=gone, found=removal.as_dict())
+
+
+def _check_parts(parts: Sequence[Part]) -> None:
+    if not parts:
+        raise ValueError(f"parts is empty, so nothing could go; name some of {', '.join(BOTH)}")

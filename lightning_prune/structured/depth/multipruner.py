@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_prune.bounds import at_least
 from lightning_prune.structured.depth.bypass import SubBlock, sub_blocks
 from lightning_prune.structured.depth.candidates import (
     choose_parts,
@@ -55,6 +56,9 @@ class MultiPruner(StructuredMethod):
     criterion: Criterion = field(default_factory=SequencePerplexity)
 
     def __post_init__(self) -> None:
+        at_least(1, ffn_step=self.ffn_step, head_step=self.head_step)
+        if not 0 < self.parameter_share < 1:
+            raise ValueError(f"parameter_share must be in (0, 1), got {self.parameter_share}")
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
             raise ValueError(f"split must hold three shares >= 0 that add up to 1, got {self.split}")
 

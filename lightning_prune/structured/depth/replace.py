@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import distributed
+from lightning_prune.bounds import at_least
 from lightning_prune.calibration import evaluating
 from lightning_prune.structured.depth.bypass import first_tensor
 from lightning_prune.structured.depth.criteria import model_logits
@@ -186,6 +187,10 @@ class ReplaceMe(StructuredMethod):
     num_blocks: int
     start: int | None = None
     ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        at_least(1, num_blocks=self.num_blocks)
+        at_least(0, start=self.start, ridge=self.ridge)
 
     @property
     def repairs(self) -> bool:

@@ -66,10 +66,10 @@ class Stop:
     def __post_init__(self) -> None:
         if self.count is None and self.parameter_share is None and self.max_ratio is None:
             raise ValueError("a search needs an end: give count, parameter_share or max_ratio")
-        if self.count is not None and self.count < 0:
-            raise ValueError(f"count must be >= 0, got {self.count}")
-        if self.parameter_share is not None and not 0 <= self.parameter_share < 1:
-            raise ValueError(f"parameter_share must be in [0, 1), got {self.parameter_share}")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count must be 1 or more, got {self.count}; at 0 nothing goes")
+        if self.parameter_share is not None and not 0 < self.parameter_share < 1:
+            raise ValueError(f"parameter_share must be in (0, 1), got {self.parameter_share}")
         if self.max_ratio is not None and self.max_ratio < 1:
             raise ValueError(f"max_ratio must be >= 1, the intact model's own, got {self.max_ratio}")
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_prune import distributed
+from lightning_prune.bounds import at_least
 from lightning_prune.calibration import evaluating
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.depth.alike import check_alike, linear_roles, rank_limits, weight_of
@@ -238,6 +239,9 @@ class FlexiGPT(StructuredMethod):
     num_blocks: int
     rank: int = 16
     fit: Fit = "moments"
+
+    def __post_init__(self) -> None:
+        at_least(1, num_blocks=self.num_blocks, rank=self.rank)
 
     def plan(
         self,

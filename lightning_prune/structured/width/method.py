@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_prune import registry
+from lightning_prune.bounds import at_least
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.solvers.greedy_output import OutputChooser
 from lightning_prune.structured.depth.planning import check_no_state_file
@@ -66,6 +67,8 @@ class Width(StructuredMethod):
                 raise ValueError(
                     f"sparsity must be in [0, 1), got {share} for {kind}; to remove whole blocks use SLEB or ShortGPT"
                 )
+        at_least(1, multiple_of=self.multiple_of)
+        at_least(0, damping=self.damping, seed=self.seed)
         self._options()
 
     def _options(self) -> WidthOptions:

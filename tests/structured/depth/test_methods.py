@@ -282,15 +282,20 @@ def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
 
 def test_wrong_options_are_refused() -> None:
     model = llama()
-    for method in (ShortGPT(num_blocks=4), RemoveTail(num_blocks=0)):
+    for kind in (ShortGPT, RemoveTail):
+        with pytest.raises(ValueError, match="num_blocks must be 1 or more, got 0"):
+            kind(num_blocks=0)
+    for method in (ShortGPT(num_blocks=4), RemoveTail(num_blocks=4)):
         with pytest.raises(ValueError, match="num_blocks must be between 1 and 3 for 4 blocks"):
             method.plan(model, NOTHING, BATCHES)
         with pytest.raises(ValueError, match="does not search, so there is no state to keep; leave out state"):
             method.plan(model, NOTHING, BATCHES, state_file="state.json")
     with pytest.raises(ValueError, match="last_token_only has no effect without contiguous"):
-        ShortGPT(num_blocks=1, last_token_only=True).plan(model, NOTHING, BATCHES)
+        ShortGPT(num_blocks=1, last_token_only=True)
     with pytest.raises(ValueError, match=r"exclude_first must be in \[0, 1\), got 1"):
-        FinerCut(stop=Stop(count=1), exclude_first=1).plan(model, structure_of(llama_groups(model)), BATCHES)
+        FinerCut(stop=Stop(count=1), exclude_first=1)
+    with pytest.raises(ValueError, match="parts is empty, so nothing could go; name some of attention, mlp"):
+        BlockPruner(stop=Stop(count=1), parts=())
     with pytest.raises(ValueError, match="all 4 blocks would be removed"):
         SLEB(stop=Stop(count=4), protect_first=0, protect_last=0).plan(model, NOTHING, BATCHES, progress=False)
     for searching in (BlockPruner(stop=Stop(count=1)), FinerCut(stop=Stop(count=1))):

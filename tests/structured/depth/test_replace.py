@@ -216,7 +216,7 @@ def test_wrong_options_are_refused() -> None:
     groups = llama_groups(model)
     with pytest.raises(ValueError, match="start must be between 1 and 2, got 0"):
         ReplaceMe(num_blocks=2, start=0).plan(model, structure_of(groups), BATCHES)
-    with pytest.raises(ValueError, match="ridge must be >= 0"):
+    with pytest.raises(ValueError, match="ridge must be 0 or more, got -1"):
         ReplaceMe(num_blocks=2, ridge=-1).plan(model, structure_of(groups), BATCHES)
     with pytest.raises(ValueError, match="num_blocks must be between 1 and 3 for 4 blocks, got 4"):
         ReplaceMe(num_blocks=4).plan(model, structure_of(groups), BATCHES)

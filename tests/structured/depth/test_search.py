@@ -83,8 +83,6 @@ def test_search_notices_that_removals_interact() -> None:
 @pytest.mark.parametrize(
     ("stop", "labels"),
     [
-        (Stop(count=0), ()),
-        (Stop(parameter_share=0.0), ()),
         (Stop(parameter_share=0.1), ("b",)),
         (Stop(parameter_share=0.11), ("b", "d")),
         (Stop(parameter_share=0.9), ("b", "d", "c", "a")),
@@ -199,10 +197,11 @@ def test_errors() -> None:
     toy = Toy(additive(COSTS))
     with pytest.raises(ValueError, match="a search needs an end"):
         Stop()
-    with pytest.raises(ValueError, match="count must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="count must be 1 or more, got -1"):
         Stop(count=-1)
-    with pytest.raises(ValueError, match=r"parameter_share must be in \[0, 1\), got 1.0"):
-        Stop(parameter_share=1.0)
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"parameter_share must be in \(0, 1\), got {share}"):
+            Stop(parameter_share=share)
     with pytest.raises(ValueError, match="max_ratio must be >= 1"):
         Stop(max_ratio=0.5)
     with pytest.raises(ValueError, match="'a' twice"):

@@ -1,0 +1,70 @@
+"""The mechanisms of recipes and of the command line, for mutations.py."""
+
+from mutation import Mutation
+
+CORE, RECIPE, CLI = "lightning_prune", "tests/test_recipe.py", "tests/test_cli.py"
+MUTATIONS = (
+    Mutation(
+        "a key stands once in its mapping",
+        f"{CORE}/recipe_yaml.py",
+        "            _check_keys(node)",
+        "            pass",
+        f"{RECIPE} -k no_recipe",
+    ),
+    Mutation(
+        "aliases are bounded by what they unfold to",
+        f"{CORE}/recipe_yaml.py",
+        "        if size > _MAX_NODES:",
+        "        if False:",
+        f"{RECIPE} -k no_recipe",
+    ),
+    Mutation(
+        "null stands only where nothing is a choice",
+        f"{CORE}/recipe_values.py",
+        "        if type(None) in options:",
+        "        if True:",
+        f"{RECIPE} -k cannot_stand",
+    ),
+    Mutation(
+        "numbers of a recipe are finite",
+        f"{CORE}/recipe_values.py",
+        "        return math.isfinite(value)",
+        "        return True",
+        f"{RECIPE} -k cannot_stand",
+    ),
+    Mutation(
+        "text of a recipe is not empty",
+        f"{CORE}/recipe_values.py",
+        " and bool(value.strip())",
+        "",
+        f"{RECIPE} -k cannot_stand",
+    ),
+    Mutation(
+        "another class keeps no option of the one before",
+        f"{CORE}/recipe.py",
+        "        node.clear()",
+        "        pass",
+        f"{RECIPE} -k keeps_no_option",
+    ),
+    Mutation(
+        "a class goes by its name in any case",
+        f"{CORE}/names.py",
+        """.replace("_", "").replace("-", "").casefold()""",
+        "",
+        f"{RECIPE} -k any_case",
+    ),
+    Mutation(
+        "options of a LoRA are checked when the recipe is loaded",
+        f"{CORE}/recipe_sections.py",
+        """        if values.get("r", 1) < 1:""",
+        "        if False:",
+        f"{RECIPE} -k names_the_file",
+    ),
+    Mutation(
+        "a message is one short line",
+        f"{CORE}/names.py",
+        "    return text if len(text) <= length else",
+        "    return text if True else",
+        f"{RECIPE} -k mutants",
+    ),
+)
