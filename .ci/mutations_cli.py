@@ -67,4 +67,18 @@ MUTATIONS = (
         "    return text if True else",
         f"{RECIPE} -k mutants",
     ),
+    Mutation(
+        "the command line answers before torch is imported",
+        f"{CORE}/registry.py",
+        "import functools",
+        "import functools\nimport torch",
+        "tests/test_architecture.py -k answers_before",
+    ),
+    Mutation(
+        "a recipe imports no torchmetrics",
+        f"{CORE}/recipe_sections.py",
+        "recovery.reconstruct_options import",
+        "recovery.reconstruct import",
+        "tests/test_architecture.py -k nothing_slow_beside",
+    ),
 )

@@ -11,7 +11,7 @@ from lightning_prune.guard import MetricGuard
 from lightning_prune.recipe_values import read
 from lightning_prune.recovery.distill_options import Distill
 from lightning_prune.recovery.learning_rate import LearningRate
-from lightning_prune.recovery.reconstruct import Reconstruct
+from lightning_prune.recovery.reconstruct_options import Reconstruct
 from lightning_prune.recovery.retrain import Part
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.structured.method import StructuredMethod

@@ -119,6 +119,7 @@ FLOORS: dict[str, float] = {
     "recovery.logit_cache": 2.2,
     "recovery.passages": 2.1,
     "recovery.distill_options": 2.3,
+    "recovery.reconstruct_options": 2,
     "recovery.teacher_targets": 3,
     "recovery": 4,
     "recovery.reading_order": 3,
@@ -302,12 +303,47 @@ def test_files_and_functions_stay_short_and_plain(path: Path) -> None:
             assert node.type is not None, f"{path}:{node.lineno} catches everything"
 
 
-def test_importing_the_library_loads_no_trainer() -> None:
-    # torchmetrics itself imports the top of transformers where it is installed, but no trainer.
-    trainers = (TRAINERS - {"transformers"}) | {"transformers.trainer", "transformers.modeling_utils"}
-    program = (
-        "import sys, lightning_prune, lightning_prune.cli, lightning_prune.recipe, lightning_prune.integrations;"
-        f"print(sorted(set(sys.modules) & {trainers!r}))"
-    )
+SLOW_TO_IMPORT = TRAINERS | {"torch", "torchmetrics", "jsonargparse", "scipy", "matplotlib", "numpy", "tqdm"}
+
+
+def imported_by(statements: str) -> tuple[set[str], int]:
+    """Return which of the slow packages a program imports, and how many modules in all."""
+    program = f"import sys\n{statements}\nprint(*sorted(set(sys.modules) & {SLOW_TO_IMPORT!r}), len(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.strip() == "[]"
+    *found, number = result.stdout.splitlines()[-1].split()
+    return set(found), int(number)
+
+
+def test_the_command_line_answers_before_anything_slow_is_imported() -> None:
+    answer = (
+        "import lightning_prune.cli, lightning_prune.integrations\n"
+        "for arguments in (['--help'], ['oneshot', '--help'], ['--version']):\n"
+        "    try: lightning_prune.cli.main(arguments)\n"
+        "    except SystemExit as ended: assert ended.code == 0"
+    )
+    found, number = imported_by(answer)
+    assert found == set()
+    assert number < 300  # 166 measured; torch alone brings over a thousand
+
+
+def test_a_recipe_imports_torch_and_nothing_slow_beside_it() -> None:
+    found, _ = imported_by("from lightning_prune import *\nRecipe.load('train/gradual_magnitude')")
+    assert found <= {"torch", "numpy", "tqdm"}
+    own = (
+        "import torch, torch.distributed.tensor\n"
+        "before = set(sys.modules)\n"
+        "import lightning_prune.recipe\n"
+        "new = {name for name in set(sys.modules) - before if name.split('.')[0] != 'torch'}\n"
+        "assert len(new) < 160, sorted(new)"
+    )
+    imported_by(own)
+
+
+def test_public_names_arrive_when_they_are_used() -> None:
+    import lightning_prune
+
+    assert set(lightning_prune.__all__) <= set(dir(lightning_prune))
+    for name in lightning_prune.__all__:
+        assert getattr(lightning_prune, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'lightning_prune' has no attribute 'Sparsifer'"):
+        lightning_prune.Sparsifer  # noqa: B018

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from lightning_prune import distributed, hooks
 from lightning_prune.calibration import Batch, evaluating, forward_all, walk_blocks
 from lightning_prune.oneshot import CurrentBatch
 from lightning_prune.recovery.reading_order import Stage, reading_order
+from lightning_prune.recovery.reconstruct_options import Reconstruct
 from lightning_prune.recovery.refit import DenseLayer, TargetError, bias_of, num_kept, refit_
 from lightning_prune.recovery.twins import PairedGram, Readings, Twins
 from lightning_prune.solvers.least_squares import MIN_TOKENS_PER_INPUT
@@ -38,46 +39,9 @@ from lightning_prune.targets import Binding, Targets, clean_name, find_blocks, i
 
 __all__ = ["Reconstruct", "ReconstructionReport", "TargetError", "reconstruct"]
 
-Method = Literal["least_squares", "bias"]
 _FEW_TOKENS = 8  # per kept input; below it a refit helps less, or not at all
 _LARGE_RESIDUAL = 1e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruct:
-    """How the kept weights are refitted; see the module text.
-
-    Args:
-        method: `least_squares` refits the kept weights, and the bias where a layer has one; `bias` puts the mean of
-            what is lost into the bias alone, which every target must have then.
-        damping: of the change of the kept weights, in units of the mean squared input; None follows the number of
-            calibration tokens.
-        towards_dense: in [0, 1]: 0 refits to what the dense weights compute on the inputs that the pruned model gives,
-            1 to what they compute in the dense model, and between them to a mixture. Above 0 the dense model runs
-            along.
-        exclude: patterns of targets that keep their weights as they are, such as stacked experts.
-        parent: folder or hub id of the dense model, for a model that comes pruned; None where it is pruned in the
-            same run.
-
-    Raises:
-        ValueError: if an option contradicts another one or itself.
-    """
-
-    method: Method = "least_squares"
-    damping: float | None = None
-    towards_dense: float = 0.5
-    exclude: tuple[str, ...] = ()
-    parent: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be least_squares or bias, got {self.method!r}")
-        if self.damping is not None and not self.damping >= 0:
-            raise ValueError(f"damping must be >= 0, got {self.damping}; 1e-2 is usual, null follows the tokens")
-        if not 0 <= self.towards_dense <= 1:
-            raise ValueError(f"towards_dense must be in [0, 1], got {self.towards_dense}; 0.5 is usual")
-        if self.damping is not None and self.method == "bias":
-            raise ValueError("damping has no effect with method: bias; leave it out")
+_DEFAULTS = Reconstruct()
 
 
 @dataclass(frozen=True)
@@ -99,7 +63,7 @@ def reconstruct(
     masks: Mapping[str, Tensor],
     batches: Sequence[Batch],
     *,
-    options: Reconstruct = Reconstruct(),
+    options: Reconstruct = _DEFAULTS,
     progress: bool = True,
 ) -> ReconstructionReport:
     """Refit the kept weights of a pruned model in place; every zero of the masks stays +0.0.
