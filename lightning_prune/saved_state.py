@@ -1,8 +1,8 @@
 """The conductor's state as plain dicts, tensors, numbers and strings, and the checks when it comes back."""
 
 import dataclasses
+import errno
 import hashlib
-import os
 import pickle
 import struct
 import zipfile
@@ -46,7 +46,6 @@ _DAMAGES = (
     EOFError,
     IndexError,
     KeyError,
-    OSError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -54,6 +53,7 @@ _DAMAGES = (
     struct.error,
     zipfile.BadZipFile,
 )
+_CHUNK = 1 << 20
 _KEYS = {"step", "sparsity", "plan", "settings", "shapes", "masks", "digest", "statistics", "guard"} | {
     "history",
     "notes",
@@ -263,19 +263,30 @@ def load_file(path: str) -> dict[str, Any]:
 
     Raises:
         ValueError: if the file is truncated, damaged or holds anything else.
+        OSError: if it is not there or cannot be read now, which says nothing of what it holds.
     """
     problem = "it is not a file of tensors"
     content: Any = None
+    _read_through(path)
     if zipfile.is_zipfile(path):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except _DAMAGES as error:
             problem = type(error).__name__
-    elif not os.path.exists(path):
-        raise FileNotFoundError(path)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a damaged file tells where to look in it, and that is no place in it
+                raise
+            problem = type(error).__name__
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {path}: it is truncated, damaged or not ours ({problem}); use an earlier one")
     return content
+
+
+def _read_through(path: str) -> None:
+    """Read a file and forget it: what reads archives takes an error of the disk for damage."""
+    with open(path, "rb") as file:
+        while file.read(_CHUNK):
+            pass
 
 
 def only_numbers(metrics: Mapping[str, object]) -> dict[str, float]:

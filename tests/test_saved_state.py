@@ -169,6 +169,24 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         saved_state.load_file(str(tmp_path / "absent.pt"))
 
 
+@pytest.mark.parametrize("place", ["open", "read"])
+def test_a_disk_that_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = tmp_path / "state.pt"
+    torch.save(valid_state(), path)
+
+    def stale(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(116, "Stale file handle")
+
+    if place == "open":
+        monkeypatch.setattr("builtins.open", stale)
+    else:
+        monkeypatch.setattr(torch, "load", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        saved_state.load_file(str(path))
+
+
 def test_one_flipped_bit_of_a_mask_is_refused() -> None:
     state = valid_state()
     for name in state["masks"]:

@@ -60,7 +60,8 @@ def check_free(
     Args:
         out_dir: a folder that does not exist yet or is empty, or that an earlier training of this program wrote.
         overwrite: whether an export of this library may be written over.
-        recipe: as plain values; if what is there came from it, the error says that there is nothing left to do.
+        recipe: as plain values; an earlier training of this program is one with the same, and if what is there came
+            from it in another program, the error says that there is nothing left to do.
 
     Raises:
         FolderTakenError: if the folder holds anything else, or the path is a file.
@@ -71,12 +72,14 @@ def check_free(
     if not out.is_dir() or not any(out.iterdir()):
         return out
     note = _note_of(out)
-    if note.get("program") == _PROGRAM or (overwrite and note):
+    is_same = recipe is not None and _same_recipe(note.get("recipe"), recipe)
+    is_ours = note.get("program") == _PROGRAM and (recipe is None or is_same)
+    if is_ours or (overwrite and note):
         return out
     way_out = "name a new or an empty folder"
     if overwrite:
         way_out = f"overwrite replaces exports of this library only, and it holds no {NOTE_NAME}; {way_out}"
-    elif note and recipe is not None and _same_recipe(note.get("recipe"), recipe):
+    elif note and is_same:
         way_out = (
             "it holds what this same recipe wrote when it was finished, so there is nothing left to do: set "
             f"export.overwrite: true to make it again, or {way_out}"
