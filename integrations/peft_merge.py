@@ -3,6 +3,7 @@
 Shapes: O output features, I input features.
 """
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -160,15 +161,10 @@ def base_state(wrapped: nn.Module, state: Mapping[str, Tensor]) -> tuple[nn.Modu
 def write_beside(wrapped: Any, folder: Path, *, base_folder: str, state: Mapping[str, Tensor]) -> None:
     """Write the adapters of a model into a folder that names the model they belong to."""
     folder.mkdir()
-    configs = wrapped.peft_config.values()
-    before = [config.base_model_name_or_path for config in configs]
-    for config in configs:
-        config.base_model_name_or_path = base_folder
-    try:
-        wrapped.save_pretrained(str(folder), state_dict=dict(state))
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config.base_model_name_or_path = name
+    wrapped.save_pretrained(str(folder), state_dict=dict(state))
+    for path in folder.rglob("adapter_config.json"):
+        content = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_folder}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _owners(key: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_prune import distributed
 from lightning_prune.export.dense import export_dense
 from lightning_prune.export.folder import check_free, check_writable
-from lightning_prune.export.huggingface import check_huggingface, export_huggingface
+from lightning_prune.export.huggingface import check_form, export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note
 from lightning_prune.export.read_back import zeros_lost
 from lightning_prune.integrations.language_model import language_model
@@ -83,9 +83,7 @@ class RunExport:
         assert self.options.dir is not None
         if self.options.format == "huggingface":
             merges = self._has_lora or self._keeps_apart(found)
-            check_huggingface(
-                model if found is None else found, self.options.dir, merges=merges, overwrite=self.options.overwrite
-            )
+            check_form(model if found is None else found, merges=merges)
         self._check_folder(self.options.dir, next(model.parameters()).device)
 
     def _check_folder(self, folder: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.export.folder import check_free, new_folder, write_note, write_plan_note
 from lightning_prune.types import Report
 
-__all__ = ["check_huggingface", "export_huggingface"]
+__all__ = ["check_form", "check_huggingface", "export_huggingface"]
 
 
 def check_huggingface(
@@ -28,6 +28,19 @@ def check_huggingface(
         ValueError: if the folder is not empty, or the model cannot be written in this form.
     """
     check_free(out_dir, overwrite=overwrite)
+    check_form(model, merges=merges)
+
+
+def check_form(model: nn.Module, *, merges: bool = False) -> None:
+    """Check that a model can be written in this form at all.
+
+    Args:
+        model: a model with `save_pretrained`.
+        merges: whether the tensors to write are those of the model without its adapters.
+
+    Raises:
+        ValueError: if it cannot.
+    """
     if not callable(getattr(model, "save_pretrained", None)):
         raise ValueError(
             f"export format huggingface needs save_pretrained, which {type(model).__name__} lacks; use format dense"

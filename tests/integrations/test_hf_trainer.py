@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from lightning_prune.integrations.hf_trainer import SIDE_FILE, PruningCallback
 from tests.integrations.trainings import hf_trainer
@@ -137,12 +137,20 @@ def test_the_best_checkpoint_is_one_of_the_pruned_ones(tmp_path: Path, caplog: p
     assert callback.run.broken == ()
 
 
-def test_a_best_checkpoint_from_before_the_last_masks_is_said_aloud(tmp_path: Path) -> None:
-    _, callback = run(tmp_path, eval_steps=7, **BEST)
-    assert callback.run.report().sparsity == pytest.approx(0.481, abs=1e-3)
-    assert any("weights were replaced after the last step" in note for note in callback.run.report().notes)
-    assert "weights were replaced" in callback.run.broken[0]
-    assert all((folder / SIDE_FILE).exists() for folder in tmp_path.glob("checkpoint-*"))
+class Averages(TrainerCallback):
+    """Puts other weights in the place of the trained ones when training has ended."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.add_(0.01)
+
+
+def test_weights_that_were_replaced_are_said_aloud(tmp_path: Path) -> None:
+    callback = PruningCallback(recipe())
+    hf_trainer(tiny_llama(), tmp_path, [Averages(), callback]).train()
+    assert callback.run.report().sparsity < 0.5
+    assert "weights were replaced after the last step" in callback.run.broken[0]
+    assert callback.run.broken[0] in callback.run.report().notes
 
 
 def test_no_best_checkpoint_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
