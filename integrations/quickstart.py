@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig
 
 from lightning_prune.export.folder import check_free
+from lightning_prune.fitting import fit_targets
 from lightning_prune.integrations.causal_lm import CausalLM, TextData
 from lightning_prune.integrations.lightning_trainer import PruningCallback
 from lightning_prune.integrations.lm_eval_harness import check_tasks, evaluate_model
@@ -183,8 +184,7 @@ class _Job:
     def _check_pruning(self) -> None:
         """Let everything that can be wrong with the pruning be said before the dense training."""
         prune = self.recipe.masking()
-        for binding in prune.targets.resolve(self.module):
-            prune.granularity.check(binding.name, binding.shape_OI)
+        fit_targets(self.module, prune.targets, prune.scorer, prune.granularity)
         prune.schedule.resolve(self.recipe.trainer["max_steps"])
         PruningCallback(dataclasses.replace(self.recipe, evaluate=None))
 

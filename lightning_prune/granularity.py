@@ -6,6 +6,7 @@ Shapes: O rows, I columns of the weight; R x C units, one row of units per group
 
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,12 +28,14 @@ def num_kept(sparsity: float, num_units: int) -> int:
 class Unstructured(Granularity):
     """Single weights."""
 
+    has_direction: ClassVar[bool] = False
+
     @property
     def rows_per_unit(self) -> int:
         """Return how many rows of the weight one unit spans."""
         return 1
 
-    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
+    def check(self, name: str, shape_OI: tuple[int, int], *, num_taps: int = 1, num_groups: int = 1) -> None:
         """Accept every shape."""
 
     def pool(self, score_OI: Tensor) -> Tensor:
@@ -59,8 +62,11 @@ class Unstructured(Granularity):
 class NM(Unstructured):
     """Keep N weights of every M consecutive ones along the input dimension.
 
+    Of a convolution these are M consecutive input channels at one position of the kernel, as sparse kernels need them.
     On a ramp N falls from M to its final value. Units are ranked within their M, whatever the scorer's scope.
     """
+
+    has_direction: ClassVar[bool] = True
 
     n: int = 2
     m: int = 4
@@ -72,13 +78,20 @@ class NM(Unstructured):
                 "2:4 is n=2, m=4 and 75 % sparsity is n=1, m=4"
             )
 
-    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
-        """Check that M divides the input dimension.
+    def check(self, name: str, shape_OI: tuple[int, int], *, num_taps: int = 1, num_groups: int = 1) -> None:
+        """Check that M divides the input dimension, of a convolution its input channels in each group.
 
         Raises:
             ValueError: if it does not.
         """
-        if shape_OI[1] % self.m:
+        num_channels = shape_OI[1] // num_taps
+        if num_channels % self.m and (num_taps > 1 or num_groups > 1):
+            raise ValueError(
+                f"{self.n}:{self.m} runs along the input channels at each position of a kernel, so {self.m} must "
+                f"divide their number; {name} has {num_channels} in each of {num_groups} groups; exclude it from "
+                f"the targets (exclude: {name!r}) or choose another m"
+            )
+        if num_channels % self.m:
             raise ValueError(
                 f"{self.n}:{self.m} needs an input dimension that {self.m} divides; {name} has {shape_OI[1]}; "
                 "exclude it from the targets or choose another m"
@@ -121,7 +134,10 @@ class NM(Unstructured):
 
 @dataclass(frozen=True, kw_only=True)
 class Block(Granularity):
-    """Rectangles of rows x cols weights, kept or pruned whole; a block's score is the mean of its weights' scores."""
+    """Rectangles of rows x cols weights, kept or pruned whole; a block's score is the mean of its weights' scores.
+
+    Of a convolution the columns of a block are input channels at one position of the kernel.
+    """
 
     rows: int = 4
     cols: int = 4
@@ -138,16 +154,17 @@ class Block(Granularity):
         """Return how many rows of the weight one unit spans."""
         return self.rows
 
-    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
+    def check(self, name: str, shape_OI: tuple[int, int], *, num_taps: int = 1, num_groups: int = 1) -> None:
         """Check that blocks tile the weight.
 
         Raises:
             ValueError: if they do not.
         """
-        if shape_OI[0] % self.rows or shape_OI[1] % self.cols:
+        if shape_OI[0] // num_groups % self.rows or shape_OI[1] // num_taps % self.cols:
             raise ValueError(
-                f"blocks of {self.rows} x {self.cols} do not tile {name} of shape {shape_OI[0]} x {shape_OI[1]}; "
-                "choose sizes that divide both, or exclude it from the targets"
+                f"blocks of {self.rows} x {self.cols} do not tile {name} of shape "
+                f"{shape_OI[0] // num_groups} x {shape_OI[1] // num_taps}; choose sizes that divide both, or exclude "
+                "it from the targets"
             )
 
     def pool(self, score_OI: Tensor) -> Tensor:
@@ -190,12 +207,18 @@ class Channel(Granularity):
         """Return a number above 1: a unit spans all rows, however many there are."""
         return sys.maxsize
 
-    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
-        """Check that channels tile the weight.
+    def check(self, name: str, shape_OI: tuple[int, int], *, num_taps: int = 1, num_groups: int = 1) -> None:
+        """Check that channels tile the weight, and that a column is one input.
 
         Raises:
             ValueError: if they do not.
         """
+        if num_taps > 1 or num_groups > 1:
+            raise ValueError(
+                f"a channel is a whole column of a weight, but {name} reads each input at {num_taps} positions of a "
+                f"kernel and in {num_groups} groups; exclude it from the targets (exclude: {name!r}) or choose another "
+                "granularity"
+            )
         if shape_OI[1] % self.width:
             raise ValueError(
                 f"channels of width {self.width} do not tile {name} with its {shape_OI[1]} input columns; "

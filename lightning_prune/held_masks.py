@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed, hooks, masks, optimizer_steps, promised_zeros
+from lightning_prune.binding import check_trained_once
 from lightning_prune.guard import GoodMasks
 from lightning_prune.targets import Binding
 
@@ -64,9 +65,10 @@ class HeldMasks:
             optimizers: of the training, in whatever a trainer wraps them.
 
         Raises:
-            ValueError: if one of them cannot be followed, or they step none of the trainable targets, but perhaps
-                copies of them.
+            ValueError: if one of them cannot be followed, they step none of the trainable targets, but perhaps copies
+                of them, or one weight is two parameters.
         """
+        check_trained_once(self.bindings)
         found = [optimizer_steps.levels(optimizer) for optimizer in optimizers]
         self._steppers = [inner[-1] for inner in found]
         self.levels = [optimizer for inner in found for optimizer in inner]
@@ -177,8 +179,9 @@ class HeldMasks:
         changed = ~mask if before is None else before != mask
         for optimizer in [*self.levels, *self._others]:
             hooks.clear_state(optimizer, binding.parameter, changed)
-        self.masks[binding.name] = mask
-        distributed.local(binding.parameter).masked_fill_(~mask, 0)
+        self.masks[binding.name] = mask = binding.spare_norms(mask)
+        with binding.steady():
+            distributed.local(binding.parameter).masked_fill_(~mask, 0)
 
     @torch.no_grad()
     def apply(self, bindings: Sequence[Binding]) -> None:
@@ -232,7 +235,8 @@ class HeldMasks:
             returning = mask & ~now
             self.set(binding, mask.clone())
             weight = distributed.local(binding.parameter)
-            weight.copy_(torch.where(returning, good.weights[binding.name], weight))
+            with binding.steady():
+                weight.copy_(torch.where(returning, good.weights[binding.name], weight))
 
     def fit(self) -> bool:
         """Return whether the masks are those of this model: its targets, of which every pruned weight is zero.

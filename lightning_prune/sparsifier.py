@@ -17,6 +17,7 @@ from lightning_prune import distributed, guarding, promised_zeros, saved_state
 from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.closing_notes import breaches, remarks
 from lightning_prune.decision import Decision, check_combination
+from lightning_prune.fitting import fit_targets
 from lightning_prune.granularity import Unstructured
 from lightning_prune.guard import MetricGuard
 from lightning_prune.held_masks import HeldMasks
@@ -26,7 +27,8 @@ from lightning_prune.progress import Progress, restore_progress, save_progress
 from lightning_prune.report import measure
 from lightning_prune.schedules import Existing
 from lightning_prune.scorers.magnitude import Magnitude
-from lightning_prune.targets import Binding, Targets
+from lightning_prune.start_line import announce, start_line
+from lightning_prune.targets import Binding, Selection, Targets
 from lightning_prune.types import Allocation, Granularity, Report, Schedule, Scorer
 
 __all__ = ["Sparsifier"]
@@ -127,7 +129,7 @@ class Sparsifier:
 
     def measure(self, model: nn.Module) -> Report:
         """Count what the targets of a model hold now, without attaching; collective when it is sharded."""
-        return measure(model, self._resolve(model), step=self.step)
+        return measure(model, self._select(model).targets, step=self.step)
 
     def attach(self, model: nn.Module, optimizers: Iterable[object], *, total_steps: int) -> None:
         """Find the targets, restore a loaded state, and hold masks from now on.
@@ -149,7 +151,8 @@ class Sparsifier:
             )
         distributed.check_supported(model)
         self._plan, self._total_steps = self.schedule.resolve(total_steps), total_steps
-        bindings = self._resolve(model)
+        selection = self._select(model)
+        bindings = list(selection.targets)
         optimizers = list(optimizers)
         if not optimizers:
             raise ValueError("attach needs the optimizers that step the model, got none")
@@ -157,6 +160,7 @@ class Sparsifier:
         observation.check_trainable()
         self._held.take(model, bindings)
         self._held.own(optimizers)
+        announce(start_line(model, selection, self.schedule, total_steps))
         self._model, self._observation, self.broken = model, observation, ()
         try:
             self._begin(model, observation)
@@ -164,11 +168,8 @@ class Sparsifier:
             self._let_go()
             raise
 
-    def _resolve(self, model: nn.Module) -> list[Binding]:
-        bindings = self.targets.resolve(model)
-        for binding in bindings:
-            self.granularity.check(binding.name, binding.shape_OI)
-        return bindings
+    def _select(self, model: nn.Module) -> Selection:
+        return fit_targets(model, self.targets, self.scorer, self.granularity)
 
     def _begin(self, model: nn.Module, observation: Observation) -> None:
         """Start the clock, anew or where a loaded state stopped, and register the hooks."""
@@ -296,8 +297,10 @@ class Sparsifier:
             raise ValueError("prune_once needs a model that is not in training; call detach first")
         distributed.check_supported(model)
         self._held = HeldMasks()
-        self._held.take(model, self._resolve(model))
+        selection = self._select(model)
+        self._held.take(model, list(selection.targets))
         observation = Observation(self.scorer, self._held.bindings)
+        announce(start_line(model, selection, self.schedule))
         if isinstance(self.schedule, Existing):
             self._held.take_existing(allow_none=self.schedule.allow_dense)
         else:

@@ -1,25 +1,24 @@
-"""Which parameters are pruned: include / exclude patterns over clean names, and how each is read as a matrix.
+"""Which parameters are pruned: include / exclude patterns over clean names, or the weights of the repeated blocks."""
 
-Shapes: O rows (output features), I columns (input features). Stacked expert weights of shape (E, O, I) are read as
-E * O rows; a convolution kernel (O, I, ...) as O rows.
-"""
-
-import sys
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from lightning_prune import distributed
-from lightning_prune.types import Target
+from lightning_prune import distributed, layers
+from lightning_prune.binding import Binding
+from lightning_prune.blocks import find_blocks
+from lightning_prune.choice import Candidate, Fits, choose
+from lightning_prune.layers import is_linear
+from lightning_prune.layouts import Layout, Stored, Transposed
+from lightning_prune.reparametrized import Source, sources
+from lightning_prune.stacks import Stacks
 
-__all__ = ["Binding", "Targets", "clean_name", "find_blocks", "is_linear"]
+__all__ = ["Binding", "LeftOut", "Selection", "Targets", "clean_name", "find_blocks", "is_linear"]
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
-_Candidate = tuple[list[str], Tensor, list[nn.Module]]
-_ROUTERS = ("*router*", "*.gate.weight", "*.gate.wg.weight")
 
 
 def clean_name(name: str) -> str:
@@ -33,81 +32,35 @@ def clean_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Binding:
-    """A target's parameter, found by name in the model as it is now, and how to read it as a matrix.
-
-    `modules` are all that hold the parameter under any name, each once: a tied weight has several.
-    """
+class LeftOut:
+    """A parameter of two dimensions and more that is not pruned, and why."""
 
     name: str
-    parameter: Tensor
-    modules: tuple[nn.Module, ...]
-    is_transposed: bool
-    is_convolution: bool
+    shape: tuple[int, ...]
+    reason: str
 
-    @property
-    def module(self) -> nn.Module:
-        """Return the first module that holds the parameter."""
-        return self.modules[0]
 
-    @property
-    def shape_OI(self) -> tuple[int, int]:
-        """Return rows and columns of the whole weight."""
-        shape = self.parameter.shape
-        if self.is_convolution:
-            return shape[0], shape[1:].numel()
-        rows, cols = (shape[-1], shape[-2]) if self.is_transposed else (shape[-2], shape[-1])
-        return shape[:-2].numel() * rows, cols
+@dataclass(frozen=True)
+class Selection:
+    """The targets of a model, and what is left out, each in the order of the model."""
 
-    def keeps_rows(self, rows_per_unit: int) -> bool:
-        """Return whether every unit and every row lies on one process."""
-        if not distributed.is_sharded(self.parameter):
-            return True
-        return rows_per_unit == 1 and not (self.is_transposed and self.parameter.ndim == 2)
-
-    def to_matrix(self, tensor: Tensor) -> Tensor:
-        """Read a tensor shaped like the parameter, or some of its first rows, as (O, I)."""
-        if self.is_convolution:
-            return tensor.reshape(tensor.shape[0], self.shape_OI[1])
-        if self.is_transposed:
-            tensor = tensor.transpose(-1, -2)
-        return tensor.reshape(-1, self.shape_OI[1])
-
-    def from_matrix(self, matrix_OI: Tensor) -> Tensor:
-        """Undo `to_matrix`."""
-        shape = self.parameter.shape
-        if self.is_convolution:
-            return matrix_OI.reshape(-1, *shape[1:])
-        if not self.is_transposed:
-            return matrix_OI.reshape(-1, *shape[1:])
-        stacked = matrix_OI.reshape(-1, *shape[1:-2], shape[-1], shape[-2]) if len(shape) > 2 else matrix_OI
-        return stacked.transpose(-1, -2).contiguous()
-
-    def read(self, tensor: Tensor, *, whole: bool) -> Tensor:
-        """Read this process's part of a tensor shaped and sharded like the parameter as a matrix.
-
-        With `whole` the parts are gathered first; every rank must then call it.
-        """
-        part = distributed.local(tensor)
-        return self.to_matrix(distributed.gather(part, self.parameter) if whole else part)
-
-    def target(self, *, whole: bool) -> Target:
-        """Return what the formulas see."""
-        num_rows = self.shape_OI[0]
-        weight_OI = self.read(self.parameter.detach(), whole=whole)
-        first = 0
-        if not whole and distributed.is_sharded(self.parameter):
-            first = distributed.row_range(self.parameter)[0] * (num_rows // self.parameter.shape[0])
-        return Target(name=self.name, weight_OI=weight_OI, row_start=first, num_rows=num_rows)
+    targets: tuple[Binding, ...]
+    left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """Patterns over parameter names; `*` matches any text, dots included.
 
-    Without `include`, targets are the weights of linear layers (and stacked experts) inside the repeated blocks of
-    the model; embeddings, output heads, norms, biases and routers are left alone. An `include` pattern chooses
-    exactly what it matches among parameters of two dimensions and more.
+    Without `include`, targets are the weights of linear, convolution, recurrent, attention and stacked-expert layers
+    inside the repeated blocks of the model. Recurrent layers count as blocks of their own; in a model without
+    repetition, such as a plain chain of layers, all layers do; in a convolutional network all convolutions count. Left
+    alone are embeddings; output heads, which are the output embeddings of any part, the layer that produces the
+    output, and a classifier of linear layers behind others; routers and gates; norms and biases; the gains of a
+    weight norm; and what is frozen and covered by no adapter, unless all blocks are frozen, as in a model loaded for
+    inference. Beside other layers, convolutions that the method cannot treat are left out too.
+
+    An `include` pattern chooses exactly what it matches among parameters of two dimensions and more.
     """
 
     include: tuple[str, ...] = ()
@@ -119,43 +72,86 @@ class Targets:
         Raises:
             ValueError: if a pattern matches nothing, nothing is left, or a target cannot be pruned.
         """
+        return list(self.select(model).targets)
+
+    def select(self, model: nn.Module, *, fits: Fits = lambda candidate: None) -> Selection:
+        """Find the targets of a model, each tied weight once, and tell why the rest is left out.
+
+        Args:
+            model: wrapped or not.
+            fits: why the method cannot treat a convolution, None if it can.
+
+        Raises:
+            ValueError: if a pattern matches nothing, nothing is left, or a target cannot be pruned.
+        """
         distributed.reshard(model)
         candidates = list(_candidates(model))
-        names = [name for aliases, _, _ in candidates for name in aliases]
+        names = [name for candidate in candidates for name in candidate.names]
         for pattern in (*self.include, *self.exclude):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"target pattern {pattern!r} matches no weight; names look like {', '.join(map(repr, names[:3]))}"
                 )
-        automatic = set() if self.include else _default_names(model, candidates)
-        bindings = []
-        for aliases, parameter, modules in candidates:
-            wanted = automatic.intersection(aliases) or any(_matches(name, self.include) for name in aliases)
-            if wanted and not any(_matches(name, self.exclude) for name in aliases):
-                bindings.append(_bind(aliases[0], parameter, tuple(modules)))
-        if not bindings:
-            raise ValueError(
-                "no weight is left to prune; name targets with include patterns, for example "
-                + ", ".join(map(repr, names[:3]))
-            )
-        return bindings
+        reasons = self._reasons(model, candidates, fits)
+        stacks = Stacks(model)
+        chosen = [candidate for idx, candidate in enumerate(candidates) if idx not in reasons]
+        left_out = [
+            LeftOut(candidate.names[0], tuple(candidate.parameter.shape), reasons[idx])
+            for idx, candidate in enumerate(candidates)
+            if idx in reasons
+        ]
+        _check_names(chosen, candidates)
+        _check_memory(chosen, candidates)
+        targets = tuple(_bind(candidate, stacks) for candidate in chosen)
+        if not targets:
+            raise ValueError(_nothing_left(left_out))
+        return Selection(targets, tuple(left_out))
+
+    def _reasons(self, model: nn.Module, candidates: Sequence[Candidate], fits: Fits) -> dict[int, str]:
+        """Return why candidates are not pruned, by their place."""
+        reasons = {}
+        if not self.include:
+            reasons = choose(model, candidates, fits)
+        for idx, candidate in enumerate(candidates):
+            is_gain = candidate.source is not None and candidate.source.kind == "gain"
+            if self.include and (is_gain or not any(_matches(name, self.include) for name in candidate.names)):
+                reasons[idx] = "gain of a weight norm" if is_gain else "not included"
+            elif idx not in reasons and any(_matches(name, self.exclude) for name in candidate.names):
+                reasons[idx] = "excluded"
+        return reasons
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """Yield (all clean names, parameter, all owners) of every parameter of two dimensions and more, tied ones once."""
-    found: dict[int, _Candidate] = {}
+def _candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Yield every parameter of two dimensions and more, what is tied or lies in the same memory once."""
+    computed = {id(parameter): source for parameter, source in sources(model)}
+    found: dict[object, Candidate] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for leaf, parameter in module.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False):
-            if parameter.ndim >= 2 and not _is_adapter(leaf, prefix):
-                names, _, owners = found.setdefault(id(parameter), ([], parameter, []))
-                names.append(clean_name(leaf))
-                if all(owner is not module for owner in owners):
-                    owners.append(module)
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False):
+            if parameter.ndim < 2 or _is_adapter(name, prefix):
+                continue
+            source = computed.get(id(parameter))
+            layer = module if source is None else source.layer
+            tensor = name.rpartition(".")[2] if source is None else source.tensor
+            new = Candidate([], parameter, [], tensor, source, [])
+            candidate = found.setdefault(_memory(parameter), new)
+            candidate.names.append(clean_name(name))
+            if all(owner is not layer for owner in candidate.modules):
+                candidate.modules.append(layer)
+            if all(parameter is not known for known in (candidate.parameter, *candidate.copies)):
+                candidate.copies.append(parameter)
     yield from found.values()
+
+
+def _memory(parameter: Tensor) -> object:
+    """Return what two parameters have in common that are one weight: themselves, or their memory, read alike."""
+    plain = distributed.local(parameter.detach())
+    if plain.is_meta or plain.numel() == 0 or type(plain) not in (Tensor, nn.Parameter):
+        return id(parameter)
+    return (plain.device, plain.data_ptr(), plain.shape, plain.stride(), plain.dtype)
 
 
 def _is_adapter(name: str, prefix: str) -> bool:
@@ -163,56 +159,50 @@ def _is_adapter(name: str, prefix: str) -> bool:
     return "lora_" in name or ".modules_to_save." in f".{prefix}."
 
 
-def _linear_types() -> tuple[type[nn.Module], ...]:
-    """Return the modules that multiply their input by their weight; transformers' Conv1D only if it is loaded."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
+def _check_names(chosen: Sequence[Candidate], candidates: Sequence[Candidate]) -> None:
+    """Refuse targets that another weight shares its name with, once what wrappers add is taken away."""
+    owner: dict[str, Candidate] = {}
+    for candidate in candidates:
+        for name in candidate.names:
+            other = owner.setdefault(name, candidate)
+            if other is not candidate and any(one is candidate or one is other for one in chosen):
+                raise ValueError(
+                    f"two weights are called {name} once what wrappers add to names (module, _orig_mod, base_layer) "
+                    "is taken away, so that masks could be mistaken; rename one of the two modules, or exclude them"
+                )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module multiplies its input by its weight."""
-    return isinstance(module, _linear_types())
+def _check_memory(chosen: Sequence[Candidate], candidates: Sequence[Candidate]) -> None:
+    """Refuse targets that share a part of their memory, or read it in another order."""
+    spans = []
+    for candidate in candidates:
+        plain = distributed.local(candidate.parameter.detach())
+        if not plain.is_meta and plain.numel() and type(plain) in (Tensor, nn.Parameter):
+            last = sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
+            start = plain.data_ptr()
+            spans.append((str(plain.device), start, start + (last + 1) * plain.element_size(), candidate))
+    spans.sort(key=lambda span: span[:3])
+    for (device, _, end, first), (other, start, _, second) in itertools.pairwise(spans):
+        if device == other and start < end and any(one is first or one is second for one in chosen):
+            raise ValueError(
+                f"{first.names[0]} and {second.names[0]} share memory, but are not the same weight read alike, so "
+                "that a zero of one is a weight of the other; give each its own memory, or exclude one of them "
+                f"(exclude: {first.names[0]!r})"
+            )
 
 
-def _default_names(model: nn.Module, candidates: list[_Candidate]) -> set[str]:
-    linear = _linear_types()
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    blocks = {id(module) for block in find_blocks(model) for module in block.modules()}
-
-    def names(*, inside: bool, kinds: tuple[type[nn.Module], ...]) -> set[str]:
-        return {
-            aliases[0]
-            for aliases, parameter, (module, *_) in candidates
-            if (isinstance(module, kinds) or (inside and parameter.ndim == 3 and not isinstance(module, _ConvNd)))
-            and (id(module) in blocks or not inside)
-            and module is not head
-            and not any(_matches(name, _ROUTERS) for name in aliases)
-        }
-
-    return names(inside=True, kinds=linear) or names(inside=False, kinds=(*linear, _ConvNd))
+def _nothing_left(left_out: Sequence[LeftOut]) -> str:
+    """Return the message of a model in which nothing is to be pruned."""
+    names = [one.name for one in left_out]
+    why = "; ".join(f"{one.name} is left out: {one.reason}" for one in left_out[:3] if one.reason != "excluded")
+    return (
+        "no weight is left to prune; name targets with include patterns, for example "
+        f"{', '.join(map(repr, names[:3]))}" + (f" ({why})" if why else "")
+    )
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a model in order: the children of its outermost lists of two and more modules."""
-    blocks: list[nn.Module] = []
-
-    def walk(module: nn.Module) -> None:
-        for child in module.children():
-            is_list = isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1
-            if is_list and any(parameter.ndim >= 2 for parameter in child.parameters()):
-                blocks.extend(block for block in child.children() if any(True for _ in block.parameters()))
-            else:
-                walk(child)
-
-    if isinstance(model, nn.Sequential) and len(model) > 1:
-        return [block for block in model if any(True for _ in block.parameters())]
-    walk(model)
-    return blocks
-
-
-def _bind(name: str, parameter: Tensor, modules: tuple[nn.Module, ...]) -> Binding:
-    module = modules[0]
+def _bind(candidate: Candidate, stacks: Stacks) -> Binding:
+    name, parameter = candidate.names[0], candidate.parameter
     plain = distributed.local(parameter.detach())
     if plain.is_meta:
         raise ValueError(f"target {name} is on the meta device and has no values; load the weights before attaching")
@@ -221,7 +211,26 @@ def _bind(name: str, parameter: Tensor, modules: tuple[nn.Module, ...]) -> Bindi
             f"target {name} is already quantized ({type(plain).__name__}, {plain.dtype}); prune before quantizing, "
             "or exclude it from the targets"
         )
-    convolution = isinstance(module, _ConvNd)
-    conv1d = isinstance(module, _linear_types()) and not isinstance(module, nn.Linear)
-    transposed = conv1d or (parameter.ndim > 2 and bool(getattr(module, "is_transposed", False)))
-    return Binding(name, parameter, modules, is_transposed=transposed, is_convolution=convolution)
+    _check_source(name, parameter, candidate.source)
+    layout = _layout(candidate, stacks)
+    return Binding(name, parameter, tuple(candidate.modules), layout, candidate.source, tuple(candidate.copies))
+
+
+def _check_source(name: str, parameter: Tensor, source: Source | None) -> None:
+    if source is not None and source.kind == "foreign":
+        raise ValueError(f"target {name} is {source.reason}, or exclude it from the targets (exclude: {name!r})")
+    if source is not None and distributed.is_sharded(parameter):
+        raise ValueError(
+            f"target {name} is the direction of a weight norm or spectral norm and sharded, so that the weight it "
+            "makes is on no process; train it without sharding, or exclude it from the targets"
+        )
+
+
+def _layout(candidate: Candidate, stacks: Stacks) -> Layout:
+    """Return how a candidate is stored; a stack of unknown order is read as outputs before inputs."""
+    module, ndim = candidate.modules[0], candidate.parameter.ndim
+    known = layers.layout_of(module, ndim)
+    if known is not None:
+        return known
+    is_transposed = stacks.is_transposed(module, candidate.parameter)
+    return Transposed(is_stack=True) if is_transposed else Stored(is_certain=is_transposed is not None)

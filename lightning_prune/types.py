@@ -32,7 +32,8 @@ class Target:
     """One weight chosen for pruning, as the formulas see it: a matrix with one row per output feature.
 
     `weight_OI` holds the rows of this process. They are rows `row_start` to `row_start + O` of `num_rows`; in one
-    process, under DDP, and where rows cannot stay apart, they are all rows.
+    process, under DDP, and where rows cannot stay apart, they are all rows. Of a convolution the columns run over the
+    input channels at one position of the kernel, then at the next. Under a weight norm it is the weight that comes out.
     """
 
     name: str
@@ -117,7 +118,12 @@ class Allocation(ABC):
 
 
 class Granularity(ABC):
-    """The shape of a hole: pools scores into units and expands unit masks back."""
+    """The shape of a hole: pools scores into units and expands unit masks back.
+
+    `has_direction` tells whether rows and columns of a weight play different parts in it.
+    """
+
+    has_direction: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -125,8 +131,15 @@ class Granularity(ABC):
         """Return how many rows of the weight one unit spans."""
 
     @abstractmethod
-    def check(self, name: str, shape_OI: tuple[int, int]) -> None:
-        """Raise ValueError if units do not tile the weight."""
+    def check(self, name: str, shape_OI: tuple[int, int], *, num_taps: int = 1, num_groups: int = 1) -> None:
+        """Raise ValueError if units do not tile the weight.
+
+        Args:
+            name: the target, for the message.
+            shape_OI: its rows and columns.
+            num_taps: how often the input channels repeat along the columns: the positions of a convolution's kernel.
+            num_groups: into how many parts the rows fall that read channels of their own.
+        """
 
     @abstractmethod
     def pool(self, score_OI: Tensor) -> Tensor:

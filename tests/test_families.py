@@ -18,6 +18,7 @@ from tests.tiny_models import tiny_family, tiny_mlp, token_windows
 FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen3_moe", "t5", "bert"]
 DENSE = [family for family in FAMILIES if family != "qwen3_moe"]
 HALF = Once(sparsity=0.5)
+ALL = Targets(include=("*",))
 NUM_TARGETS = {"llama": 14, "gpt2": 8, "gpt_neox": 8, "qwen3_moe": 12, "t5": 32, "bert": 12}
 
 
@@ -210,7 +211,7 @@ def test_wanda_refuses_convolutions_and_says_what_to_do() -> None:
 def test_a_plain_network_trains_with_masks(scorer: Scorer) -> None:
     model = tiny_mlp()
     inputs, labels = torch.rand(32, 8), torch.randint(0, 4, (32,))
-    conductor = Sparsifier(schedule=Cubic(sparsity=0.5, start=1, end=4, interval=1), scorer=scorer)
+    conductor = Sparsifier(schedule=Cubic(sparsity=0.5, start=1, end=4, interval=1), scorer=scorer, targets=ALL)
     losses = train(model, conductor, lambda step: nn.functional.cross_entropy(model(inputs), labels))
     assert losses[-1] < losses[0]
     assert [target.num_zeros for target in conductor.report().targets] == [64, 32]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune import NM, Block, Once, Sparsifier, Unstructured, masks
+from lightning_prune import NM, Block, Once, Sparsifier, Targets, Unstructured, masks
 from lightning_prune.granularity import Channel, num_kept
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.types import Granularity, Scope
@@ -178,7 +178,10 @@ def test_channels_that_do_not_tile_are_refused() -> None:
 def test_channels_are_masked_whole_in_training(scope: Scope) -> None:
     model = tiny_mlp()
     conductor = Sparsifier(
-        schedule=Once(sparsity=0.5, at=1), scorer=Magnitude(scope=scope), granularity=Channel(width=2)
+        schedule=Once(sparsity=0.5, at=1),
+        scorer=Magnitude(scope=scope),
+        granularity=Channel(width=2),
+        targets=Targets(include=("*",)),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     conductor.attach(model, [optimizer], total_steps=3)

@@ -14,8 +14,8 @@ from tests.tiny_models import tiny_family, tiny_llama, token_windows
 
 
 def observed(model: nn.Module, **options: Any) -> tuple[dict[str, InputNorm], list[Any]]:
-    """Observe all default targets of a model."""
-    bindings = Targets().resolve(model)
+    """Observe all linear layers of a model."""
+    bindings = Targets(include=("*",) if isinstance(model, nn.Sequential) else ()).resolve(model)
     statistics = {b.name: InputNorm(b.parameter.detach(), b.shape_OI[1]) for b in bindings}
     feeds = [(binding, statistics[binding.name]) for binding in bindings]
     return statistics, hooks.observe_inputs(model, feeds, **({"only_training": False} | options))

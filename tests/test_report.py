@@ -12,8 +12,8 @@ from lightning_prune.types import TargetReport
 from tests.tiny_models import tiny_family, tiny_llama, tiny_mlp
 
 
-def measured(model: nn.Module) -> Report:
-    return measure(model, Targets().resolve(model), step=7, notes=["a note"])
+def measured(model: nn.Module, *include: str) -> Report:
+    return measure(model, Targets(include=include).resolve(model), step=7, notes=["a note"])
 
 
 def test_an_mlp_by_hand() -> None:
@@ -24,7 +24,7 @@ def test_an_mlp_by_hand() -> None:
         model[0].weight[:8] = 0.0
         model[2].weight[0, :3] = -0.0
         model[2].bias[0] = 0.0
-    report = measured(model)
+    report = measured(model, "*")
     assert report.targets == (
         TargetReport(name="0.weight", shape=(16, 8), num_weights=128, num_zeros=64),
         TargetReport(name="2.weight", shape=(4, 16), num_weights=64, num_zeros=3),
@@ -41,7 +41,7 @@ def test_an_mlp_by_hand() -> None:
 
 
 def test_the_plain_form_is_json_and_the_metrics_are_numbers() -> None:
-    report = measured(tiny_mlp())
+    report = measured(tiny_mlp(), "*")
     plain = json.loads(json.dumps(report.as_dict()))
     assert plain["targets"][0] == {
         "name": "0.weight",

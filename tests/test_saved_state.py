@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_mlp
 
 @pytest.fixture
 def bindings() -> list[Binding]:
-    return Targets().resolve(tiny_mlp())
+    return Targets(include=("*",)).resolve(tiny_mlp())
 
 
 def random_masks(bindings: list[Binding]) -> dict[str, torch.Tensor]:
@@ -30,7 +30,7 @@ def random_masks(bindings: list[Binding]) -> dict[str, torch.Tensor]:
 def valid_state(step: int = 3) -> dict[str, Any]:
     """Return the state of a short training."""
     model = tiny_mlp()
-    conductor = Sparsifier(schedule=Cubic(sparsity=0.5, start=1, end=4, interval=1))
+    conductor = fresh()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     conductor.attach(model, [optimizer], total_steps=6)
     for _ in range(step):
@@ -41,7 +41,7 @@ def valid_state(step: int = 3) -> dict[str, Any]:
 
 
 def fresh() -> Sparsifier:
-    return Sparsifier(schedule=Cubic(sparsity=0.5, start=1, end=4, interval=1))
+    return Sparsifier(schedule=Cubic(sparsity=0.5, start=1, end=4, interval=1), targets=Targets(include=("*",)))
 
 
 def test_options_are_described_by_class_and_fields() -> None:
@@ -219,7 +219,8 @@ def test_a_state_that_lacks_a_part_is_refused(key: str) -> None:
 
 
 def test_another_recipe_is_refused_by_the_part_that_differs() -> None:
-    other = Sparsifier(schedule=Cubic(sparsity=0.6, start=1, end=4, interval=1))
+    schedule = Cubic(sparsity=0.6, start=1, end=4, interval=1)
+    other = Sparsifier(schedule=schedule, targets=Targets(include=("*",)))
     with pytest.raises(
         ValueError, match=r"written with another recipe: schedule was .*0\.5.*is now .*0\.6.*same recipe"
     ):

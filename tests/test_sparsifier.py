@@ -234,7 +234,7 @@ def test_a_lora_model_keeps_its_pruned_base() -> None:
     from peft import LoraConfig, get_peft_model
 
     base = tiny_llama()
-    expected = Sparsifier(schedule=Once(sparsity=0.5))
+    expected = Sparsifier(schedule=Once(sparsity=0.5), targets=Targets(include=("*.q_proj.*", "*.up_proj.*")))
     expected.prune_once(copy.deepcopy(base))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     optimizer = adamw(model)
@@ -264,7 +264,7 @@ def test_frozen_targets_are_pruned_and_stay_put() -> None:
     model.model.layers[0].requires_grad_(False)
     dense = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     optimizer = adamw(model)
-    conductor = Sparsifier(schedule=EARLY)
+    conductor = Sparsifier(schedule=EARLY, targets=Targets(include=("model.layers.*",)))
     conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
     train(model, optimizer)
     weight = model.model.layers[0].mlp.up_proj.weight

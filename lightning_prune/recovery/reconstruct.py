@@ -175,6 +175,11 @@ class _Pass:
                 f"the inputs of {name} cannot be seen, because it does not belong to a linear layer of its own; leave "
                 "it out with reconstruct.exclude, or exclude it from the targets"
             )
+        if binding.source is not None:
+            raise ValueError(
+                f"{name} is only a part of a weight, which a weight norm or spectral norm makes of it; leave it out "
+                "with reconstruct.exclude"
+            )
         if name not in self.dense:
             raise ValueError(f"the dense weights hold no {name}; give the weights of the model before it was pruned")
         for what, tensor in (("dense weight", self.dense[name]), ("mask", self.masks[name])):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lightning_prune.decision import Decision
 from lightning_prune.granularity import Unstructured
+from lightning_prune.layouts import Stored
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.targets import Binding
 from lightning_prune.types import Allocation
@@ -14,7 +15,7 @@ from lightning_prune.types import Allocation
 def ranking(scores: Mapping[str, Tensor], allocation: Allocation) -> Decision:
     """Return a decision over one weight per name whose magnitudes are these scores."""
     bindings = [
-        Binding(name, nn.Parameter(score.clone()), (nn.Identity(),), False, False) for name, score in scores.items()
+        Binding(name, nn.Parameter(score.clone()), (nn.Identity(),), Stored()) for name, score in scores.items()
     ]
     return Decision(
         bindings=bindings,

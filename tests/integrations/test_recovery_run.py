@@ -190,6 +190,7 @@ def test_the_stand_in_for_a_frozen_weights_gradient_is_that_of_loraprune() -> No
 
 def test_a_scorer_that_needs_gradients_needs_a_lora_on_every_target(tmp_path: Path) -> None:
     prune = PRUNE | {"scorer": "Taylor", "schedule": {"class_path": "Once", "init_args": {"sparsity": 0.5, "at": 2}}}
+    prune |= {"targets": {"include": ["model.layers.*"]}}
     content = recipe({"lora": {"config": {"r": 4, "target_modules": ["q_proj"]}}}, tmp_path, prune=prune)
     with pytest.raises(
         ValueError, match=r"Taylor needs gradients, but .*k_proj.weight is frozen \(12 targets in all\)"

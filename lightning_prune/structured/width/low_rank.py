@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed
 from lightning_prune.calibration import Batch
+from lightning_prune.layouts import Stored, Transposed
 from lightning_prune.statistics.gram import Gram
 from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.reader_repair import feed
@@ -311,6 +312,8 @@ def _in_layer(model: nn.Module, pattern: str, layer: int | None) -> list[Binding
     for binding in found:
         if distributed.is_sharded(binding.parameter):
             raise ValueError(f"{binding.name} is sharded; lower its rank before fully_shard, then shard")
+        if binding.source is not None:
+            raise ValueError(f"{binding.name} is only a part of a weight; remove the weight norm to lower its rank")
     if layer is None:
         return found
     blocks = find_blocks(model)
@@ -336,9 +339,13 @@ def _grams(
     return {binding.name: gram.compute()[:-1, :-1] for binding, gram in feeds}
 
 
+def _is_stack(binding: Binding) -> bool:
+    return binding.parameter.ndim == 3 and isinstance(binding.layout, Stored | Transposed)
+
+
 def _matrices(binding: Binding) -> Tensor:
     """Return weight_OI in float64; (E, O, I) for stacked experts, as they lie."""
-    if binding.parameter.ndim == 3 and not binding.is_convolution:
+    if _is_stack(binding):
         return binding.parameter.detach().double()
     return binding.to_matrix(binding.parameter.detach()).double()
 
@@ -348,8 +355,7 @@ def _full_rank(binding: Binding) -> int:
 
 
 def _write(binding: Binding, matrices: Tensor) -> None:
-    is_stacked = binding.parameter.ndim == 3 and not binding.is_convolution
-    binding.parameter.data.copy_(matrices if is_stacked else binding.from_matrix(matrices))
+    binding.parameter.data.copy_(matrices if _is_stack(binding) else binding.from_matrix(matrices))
 
 
 def _report(

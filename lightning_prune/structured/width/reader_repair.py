@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune import hooks
 from lightning_prune.calibration import Batch, evaluating, forward_all
+from lightning_prune.layouts import Stored, Transposed
 from lightning_prune.solvers.least_squares import default_damping, least_squares
 from lightning_prune.statistic import Statistic
 from lightning_prune.statistics.gram import Gram
@@ -66,7 +67,7 @@ def bind_weight(model: nn.Module, name: str) -> Binding:
     """Return how a weight of any number of dimensions is found in its model and read as a matrix."""
     module = model.get_submodule(name.rpartition(".")[0])
     is_transposed = is_linear(module) and not isinstance(module, nn.Linear)
-    return Binding(name, model.get_parameter(name), (module,), is_transposed=is_transposed, is_convolution=False)
+    return Binding(name, model.get_parameter(name), (module,), Transposed() if is_transposed else Stored())
 
 
 def feed(
