@@ -3,6 +3,7 @@
 from mutation import Mutation
 
 CORE, RECIPE, CLI = "lightning_prune", "tests/test_recipe.py", "tests/test_cli.py"
+ADAPTERS, TESTS = "integrations", "tests/integrations"
 MUTATIONS = (
     Mutation(
         "a key stands once in its mapping",
@@ -80,5 +81,54 @@ MUTATIONS = (
         "recovery.reconstruct_options import",
         "recovery.reconstruct import",
         "tests/test_architecture.py -k nothing_slow_beside",
+    ),
+    Mutation(
+        "a model writes the text it is calibrated on",
+        f"{ADAPTERS}/calibration_text.py",
+        "        if documents is None and self.data is None and not predicts_next_token(model):",
+        "        if documents is None and self.data is None:",
+        f"{TESTS}/test_calibration_text.py -k none_is_named",
+    ),
+    Mutation(
+        "own text depends on its seed",
+        f"{ADAPTERS}/self_text.py",
+        "        torch.manual_seed(seed)",
+        "        pass",
+        f"{TESTS}/test_self_text.py -k seed_alone",
+    ),
+    Mutation(
+        "own text ends where the model ends it",
+        f"{ADAPTERS}/self_text.py",
+        "    return ids[: end + 1]",
+        "    return ids",
+        f"{TESTS}/test_self_text.py -k end_where",
+    ),
+    Mutation(
+        "a damaged text of the cache is written again",
+        f"{ADAPTERS}/self_text.py",
+        """ and content.get("sha256") == _sum(content["ids"])""",
+        "",
+        f"{TESTS}/test_self_text.py -k when_damaged",
+    ),
+    Mutation(
+        "the loss is measured on text that was held out",
+        f"{ADAPTERS}/calibration_text.py",
+        "ids_NT[number:], origin)",
+        "ids_NT[:number], origin)",
+        f"{TESTS}/test_calibration_text.py -k held_out",
+    ),
+    Mutation(
+        "every one-shot run tells the loss before and after",
+        f"{ADAPTERS}/hf_oneshot.py",
+        """    passages.tell(before, passages.loss(network, title="loss after"))""",
+        "    pass",
+        f"{TESTS}/test_calibration_text.py -k tells_the_loss",
+    ),
+    Mutation(
+        "chats are read as the tokenizer's template writes them",
+        f"{ADAPTERS}/calibration_text.py",
+        "        if document.messages and is_chat:",
+        "        if False:",
+        f"{TESTS}/test_calibration_text.py -k chats_are_read",
     ),
 )

@@ -6,37 +6,30 @@ Shapes: N sequences, T tokens of each.
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.export.dense import export_dense
 from lightning_prune.export.folder import PLAN_NAME, check_free
 from lightning_prune.export.huggingface import export_huggingface
-from lightning_prune.integrations.hf_calibration import check_text_fits, text_batches
+from lightning_prune.integrations.calibration_text import Text
+from lightning_prune.integrations.hf_calibration import check_text_fits
 from lightning_prune.integrations.hf_open import load_model
 from lightning_prune.integrations.pruning_run import PruningRun
-from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.recipe import Export, Recipe
 from lightning_prune.report import measure
 from lightning_prune.targets import Targets
 from lightning_prune.types import Report
 
 __all__ = [
-    "calibration_windows",
     "export_model",
     "load_model",
-    "longest_sequence",
     "run_oneshot",
 ]
 
 logger = logging.getLogger(__name__)
-
-_LONGEST = 2048  # tokens; the length used by the papers that prune from calibration text
 
 
 def run_oneshot(
@@ -59,7 +52,7 @@ def run_oneshot(
         model: a model folder or a hub id.
         out: a folder that does not exist yet or is empty.
         overrides: `section.key=value` for the recipe.
-        data: calibration text, a file or a folder; Python's own sources if left out.
+        data: calibration text, see `calibration_text.Text`; text that the model writes itself if left out.
         num_sequences: calibration sequences.
         sequence_length: tokens per sequence; the longest the model reads, 2048 at most, if left out.
         batch_size: sequences that go through the model together.
@@ -73,19 +66,17 @@ def run_oneshot(
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
     needs_text = _needs_text(run)
-    if data is not None and not needs_text:
-        name = type(recipe.masking().scorer).__name__
-        raise ValueError(f"--data has no effect: {name} looks at the weights alone; leave it out")
+    amounts = {"num_sequences": num_sequences, "sequence_length": sequence_length, "batch_size": batch_size}
+    text = Text(data=data, seed=recipe.seed, **amounts)
+    documents = text.read()
     parent = _parent(recipe, device=device, trust_remote_code=trust_remote_code)
-    texts = [document.text for document in read_documents(data)] if needs_text else []
     network, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
-    batches: list[dict[str, Tensor]] = []
     if needs_text:
         check_text_fits(network, "recover.reconstruct" if recipe.prune is None else recipe.prune.scorer)
-        length = sequence_length or longest_sequence(network)
-        windows_NT = calibration_windows(tokenizer, texts, num_sequences=num_sequences, sequence_length=length)
-        batches = text_batches(network, windows_NT, batch_size=batch_size)
-    report = run.prune_once(network, batches, tokenizer=tokenizer, parent=parent)
+    passages = text.passages(network, tokenizer, documents, needed=needs_text)
+    before = passages.loss(network, title="loss before")
+    report = run.prune_once(network, passages.calibration, tokenizer=tokenizer, parent=parent)
+    passages.tell(before, passages.loss(network, title="loss after"))
     logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
     return report
 
@@ -127,31 +118,6 @@ def _parent(recipe: Recipe, *, device: str, trust_remote_code: bool) -> PreTrain
     )
 
 
-def calibration_windows(tokenizer: Any, texts: Iterable[str], *, num_sequences: int, sequence_length: int) -> Tensor:
-    """Tokenise documents one after the other and cut the tokens into windows.
-
-    Returns:
-        ids_NT.
-
-    Raises:
-        ValueError: if there is no tokenizer or the text is too short.
-    """
-    if tokenizer is None:
-        raise ValueError("calibration needs a tokenizer, and the model has none; save one into its folder")
-    if min(num_sequences, sequence_length) < 1:
-        raise ValueError(f"num_sequences and sequence_length must be 1 or more, got {num_sequences}, {sequence_length}")
-    wanted = num_sequences * sequence_length
-    ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer(text, verbose=False)["input_ids"])
-        if len(ids) >= wanted:
-            return torch.tensor(ids[:wanted]).reshape(num_sequences, sequence_length)
-    raise ValueError(
-        f"the calibration text gives {len(ids)} tokens, {num_sequences} sequences of {sequence_length} need {wanted}; "
-        f"give more text, or --num_sequences {len(ids) // sequence_length}, or a shorter --sequence_length"
-    )
-
-
 def export_model(name: str, out: str, *, form: str, trust_remote_code: bool = False) -> Path:
     """Write a model folder in another form; its `sparsity.json`, if it has one, says what the targets were.
 
@@ -180,8 +146,3 @@ def export_model(name: str, out: str, *, form: str, trust_remote_code: bool = Fa
     return export_huggingface(
         model, out, tokenizer=tokenizer, report=report, recipe=note.get("recipe"), plan_note=plan_note
     )
-
-
-def longest_sequence(model: PreTrainedModel) -> int:
-    """Return how many tokens a calibration sequence has at most: what the model reads, 2048 at most."""
-    return min(_LONGEST, int(getattr(model.config, "max_position_embeddings", None) or _LONGEST))

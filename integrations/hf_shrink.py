@@ -1,32 +1,23 @@
 """Open a Hugging Face model, make it smaller at once, and write it again as the class it was.
 
-Found, planned and cut in memory; the folder appears when everything is in it. Where the text has no part in the
-choice and the model has no tokenizer, the loss is not measured.
+Found, planned and cut in memory; the folder appears when everything is in it.
 """
 
-import dataclasses
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from torch import nn
 
-from lightning_prune.calibration import evaluating
 from lightning_prune.export.folder import PLAN_NAME, check_free
 from lightning_prune.export.huggingface import export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note, read_plan
-from lightning_prune.integrations.hf_calibration import check_text_fits, text_batches
-from lightning_prune.integrations.hf_oneshot import calibration_windows, longest_sequence
-from lightning_prune.integrations.hf_open import load_model, predicts_next_token
+from lightning_prune.integrations.calibration_text import Text
+from lightning_prune.integrations.hf_calibration import check_text_fits
+from lightning_prune.integrations.hf_open import load_model
 from lightning_prune.integrations.per_layer_export import export_per_layer
-from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.recipe import Recipe
-from lightning_prune.structured.depth.criteria import model_logits, next_token_targets, sequence_losses, token_mean
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.method import StructuredMethod
@@ -34,37 +25,9 @@ from lightning_prune.structured.overview import overview, refusals
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure
 
-__all__ = ["Text", "inspect_model", "replay_plan", "run_shrink", "text_loss"]
+__all__ = ["inspect_model", "replay_plan", "run_shrink"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """The calibration text: where it is, and how much of it is used.
-
-    Args:
-        data: a file or a folder; Python's own sources if left out.
-        num_sequences: how many sequences.
-        sequence_length: tokens per sequence; the longest the model reads, 2048 at most, if left out.
-        batch_size: sequences that go through the model together.
-    """
-
-    data: str | None = None
-    num_sequences: int = 128
-    sequence_length: int | None = None
-    batch_size: int = 8
-
-    def batches(self, model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Tensor]]:
-        """Return the batches.
-
-        Raises:
-            ValueError: if there is no tokenizer or too little text.
-        """
-        length = self.sequence_length or longest_sequence(model)
-        texts = [document.text for document in read_documents(self.data)]
-        windows_NT = calibration_windows(tokenizer, texts, num_sequences=self.num_sequences, sequence_length=length)
-        return text_batches(model, windows_NT, batch_size=self.batch_size)
 
 
 def run_shrink(
@@ -89,7 +52,7 @@ def run_shrink(
         state_file: where a search keeps its finished scores and finds those of an interrupted one.
 
     Returns:
-        parameters and loss on the calibration text, each before and after.
+        parameters and loss on held-out text, each before and after.
 
     Raises:
         ValueError: if an input is wrong, or the model cannot be cut as asked. No model has been written then; a plan
@@ -130,7 +93,7 @@ def replay_plan(
         trust_remote_code: whether to run a modelling file that comes with the model.
 
     Returns:
-        parameters and loss on the calibration text, each before and after.
+        parameters and loss on held-out text, each before and after.
 
     Raises:
         ValueError: if the file holds no plan, or the plan does not fit the model; nothing has been written then.
@@ -141,7 +104,7 @@ def replay_plan(
             "the plan came with repaired weights (%s), which it does not hold: its cut is repeated, the repair is not",
             plan.method.get("name"),
         )
-    job = _Job(_Source(model, device, trust_remote_code), out, text or Text())
+    job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), normalises=bool(plan.share))
     return job.write(
         plan, is_per_layer=bool(plan.skip or plan.share) or note.get("form", "stock") != "stock", repaired=False
     )
@@ -160,18 +123,6 @@ def inspect_model(
     return overview(structure), refusals(structure)
 
 
-@torch.no_grad()
-def text_loss(model: nn.Module, batches: Sequence[dict[str, Tensor]], *, title: str) -> float | None:
-    """Return the mean negative log likelihood per token, in nats; None without batches."""
-    total = torch.zeros(2, dtype=torch.float64)
-    with evaluating(model):
-        for batch in tqdm(batches, desc=title, disable=not batches):
-            logits_BTV, inputs = model_logits(model, batch)
-            targets_BT, chosen_BT = next_token_targets(inputs)
-            total += token_mean(*sequence_losses(logits_BTV[:, :-1], targets_BT, chosen_BT)).cpu()
-    return float(total[0] / total[1]) if batches else None
-
-
 class _Source(NamedTuple):
     """Where a model comes from, and how it is opened."""
 
@@ -183,22 +134,30 @@ class _Source(NamedTuple):
 class _Job:
     """One model on its way from one folder to another."""
 
-    def __init__(self, source: _Source, out: str, text: Text, *, method: StructuredMethod | None = None) -> None:
+    def __init__(
+        self,
+        source: _Source,
+        out: str,
+        text: Text,
+        *,
+        method: StructuredMethod | None = None,
+        normalises: bool = False,
+    ) -> None:
         check_free(out)
+        documents = text.read()
         self.out = out
         self.model, self.tokenizer = load_model(
             source.name, device=source.device, trust_remote_code=source.trust_remote_code
         )
-        needs_text = method is not None and method.needs_batches
-        if needs_text:
+        needs_text = normalises or (method is not None and method.needs_batches)
+        if needs_text and method is not None:
             check_text_fits(self.model, method)
         logger.info("looking for what can be cut from %s", source.name)
         self.structure: Structure = discover(self.model)
-        self.batches: list[dict[str, Tensor]] = []
-        if needs_text or (self.tokenizer is not None and self.model.main_input_name == "input_ids"):
-            self.batches = text.batches(self.model, self.tokenizer)
+        self.passages = text.passages(self.model, self.tokenizer, documents, needed=needs_text)
+        self.batches = self.passages.calibration
         self.before = num_parameters(self.model)
-        self.loss_before = self._loss(self.model, title="loss before")
+        self.loss_before = self.passages.loss(self.model, title="loss before")
 
     def write(
         self, plan: Plan, *, is_per_layer: bool, repaired: bool, recipe: dict[str, Any] | None = None
@@ -208,17 +167,12 @@ class _Job:
         metrics = write(plan, repaired, recipe)
         counts, losses = metrics["parameters"], metrics["loss"]
         logger.info("parameters: %d -> %d", counts["before"], counts["after"])
-        if losses["before"] is not None:
-            logger.info("loss on the calibration text: %.4f -> %.4f", losses["before"], losses["after"])
+        self.passages.tell(losses["before"], losses["after"])
         logger.info("written to %s", self.out)
         return metrics
 
-    def _loss(self, model: nn.Module, *, title: str) -> float | None:
-        """Return the next-token loss on the calibration text; None where there is none, or the model predicts other."""
-        return text_loss(model, self.batches if predicts_next_token(self.model) else [], title=title)
-
     def _metrics(self, small: nn.Module) -> dict[str, dict[str, float | None]]:
-        loss = self._loss(small, title="loss after")
+        loss = self.passages.loss(small, title="loss after")
         return {
             "parameters": {"before": self.before, "after": num_parameters(small)},
             "loss": {"before": self.loss_before, "after": loss},
@@ -238,7 +192,12 @@ class _Job:
     ) -> dict[str, dict[str, float | None]]:
         """Write blocks of different shapes; the numbers are those of the folder as it loads."""
         folder = export_per_layer(
-            self.model, plan, self.out, structure=self.structure, tokenizer=self.tokenizer, batches=self.batches
+            self.model,
+            plan,
+            self.out,
+            structure=self.structure,
+            tokenizer=self.tokenizer,
+            batches=self.passages.calibration or self.passages.held_out,
         )
         small, _ = load_model(str(folder), device=str(self.model.device), trust_remote_code=True)
         metrics = self._metrics(small)

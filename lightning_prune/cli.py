@@ -152,11 +152,12 @@ def _oneshot(options: argparse.Namespace, rest: list[str]) -> int:
 def _shrink(options: argparse.Namespace, recipe: Any, overrides: Sequence[str]) -> int:
     """Make a model smaller by the method of a recipe, or without one by a stored plan."""
     adapter = _adapter("hf_shrink", "lightning-prune oneshot", "hf")
-    text = adapter.Text(
+    text = _adapter("calibration_text", "lightning-prune oneshot", "hf").Text(
         data=options.data,
         num_sequences=options.num_sequences,
         sequence_length=options.sequence_length,
         batch_size=options.batch_size,
+        seed=0 if recipe is None else recipe.seed,
     )
     common = {name: getattr(options, name) for name in ("model", "out", "device", "trust_remote_code")} | {"text": text}
     if recipe is not None:

@@ -30,7 +30,11 @@ def add_oneshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", help="in place of a recipe: a lightning_prune.json whose cut is repeated on --model")
     parser.add_argument("--model", help="a model folder or a hub id")
     parser.add_argument("--out", help="a new folder for the pruned model")
-    parser.add_argument("--data", help="calibration text, a file or a folder; else Python's own sources")
+    parser.add_argument(
+        "--data",
+        help="calibration text: a file, a folder, python (sources of its standard library), a data set of the hub "
+        "NAME[:CONFIG[:SPLIT]], or self, text that the model writes (default); texts, or chats in the field messages",
+    )
     parser.add_argument("--num_sequences", type=int, default=128, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence_length", type=int, help="tokens per sequence (default: the model's, 2048 at most)")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")

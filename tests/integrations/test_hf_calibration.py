@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lightning_prune.integrations.calibration_text import Text
 from lightning_prune.integrations.hf_calibration import text_batches
 from lightning_prune.integrations.hf_oneshot import run_oneshot
 from lightning_prune.integrations.hf_open import open_model
-from lightning_prune.integrations.hf_shrink import Text, run_shrink
+from lightning_prune.integrations.hf_shrink import run_shrink
 from lightning_prune.recipe import Recipe
 from tests.integrations.test_hf_open import MODELS
 from tests.model_folders import TEXT, character_tokenizer

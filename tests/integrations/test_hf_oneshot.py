@@ -9,31 +9,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.integrations import hf_oneshot
-from lightning_prune.integrations.hf_oneshot import calibration_windows, export_model, run_oneshot
+from lightning_prune.integrations import calibration_text, hf_oneshot
+from lightning_prune.integrations.hf_oneshot import export_model, run_oneshot
 from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.types import Report
 from tests.model_folders import TEXT, character_tokenizer, write_model_folder
-
-
-def test_windows_are_the_tokens_of_one_document_after_the_other() -> None:
-    tokenizer = character_tokenizer()
-    windows_NT = calibration_windows(tokenizer, ["abcd", "efghij", "never read"], num_sequences=3, sequence_length=3)
-    letters = torch.arange(9).reshape(3, 3) + tokenizer.convert_tokens_to_ids("a")
-    assert torch.equal(windows_NT, letters)
-
-
-def test_too_little_text_says_what_would_do() -> None:
-    with pytest.raises(ValueError, match=r"gives 7 tokens, 3 sequences of 3 need 9; .*--num_sequences 2"):
-        calibration_windows(character_tokenizer(), ["abcdefg"], num_sequences=3, sequence_length=3)
-
-
-def test_pythons_own_sources_are_the_text_when_none_is_given(tmp_path: Path) -> None:
-    folder = write_model_folder(tmp_path / "model")
-    report = run_oneshot(
-        "oneshot/wanda_half", model=str(folder), out=str(tmp_path / "out"), num_sequences=2, device="cpu"
-    )
-    assert report.sparsity == 0.5
 
 
 def test_evaluations_frame_the_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +87,7 @@ def test_text_is_read_from_the_file_that_was_named(tmp_path: Path, monkeypatch: 
         seen.append(ids_NT)
         return [{"input_ids": ids_NT}]
 
-    monkeypatch.setattr(hf_oneshot, "text_batches", remember)
+    monkeypatch.setattr(calibration_text, "text_batches", remember)
     options = {"num_sequences": 2, "sequence_length": 9, "device": "cpu"}
     data = str(tmp_path / "lines.jsonl")
     run_oneshot("oneshot/wanda_half", model=str(folder), out=str(tmp_path / "out"), data=data, **options)  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.integrations import hf_shrink
+from lightning_prune.integrations.calibration_text import Passages, Text
 from lightning_prune.integrations.hf_oneshot import load_model
-from lightning_prune.integrations.hf_shrink import Text, inspect_model, replay_plan, run_shrink, text_loss
+from lightning_prune.integrations.hf_shrink import inspect_model, replay_plan, run_shrink
 from lightning_prune.recipe import Recipe
 from lightning_prune.structured.depth.search import fingerprint_batches
 from lightning_prune.structured.discovery.discover import discover
@@ -58,8 +59,8 @@ def loss_by_hand(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> fl
         return float(torch.stack([model(**batch).loss for batch in batches]).mean())
 
 
-def batches_of(folder: Path, text: Text) -> list[dict[str, torch.Tensor]]:
-    return text.batches(*load_model(str(folder), device="cpu"))
+def passages_of(folder: Path, text: Text) -> Passages:
+    return text.passages(*load_model(str(folder), device="cpu"), text.read())
 
 
 STOCK = [  # recipe, overrides, changed fields of the configuration
@@ -88,11 +89,12 @@ def test_recipes_write_stock_folders(
     assert {key: getattr(small.config, key) for key in differing} == fields
     assert note.keys() >= SECTIONS
     assert note["metrics"] == metrics
-    batches = batches_of(parent, text)
+    passages = passages_of(parent, text)
     for model, when in ((whole, "before"), (small, "after")):
         assert metrics["parameters"][when] == sum(weight.numel() for weight in model.parameters())
-        assert metrics["loss"][when] == pytest.approx(loss_by_hand(model, batches), rel=1e-5)
+        assert metrics["loss"][when] == pytest.approx(loss_by_hand(model, passages.held_out), rel=1e-5)
     calibration = note["plan"]["method"]["calibration"]
+    batches = passages.calibration
     hashes = (fingerprint(batches), {"fingerprint": fingerprint_batches(batches), "num_batches": 2})
     assert calibration in hashes
     assert note["recipe"] == recipe.as_dict()
@@ -147,7 +149,7 @@ def test_blocks_of_different_shapes(
     out = tmp_path / "out"
     metrics = run_shrink(recipe, model=str(parent), out=str(out), text=text, device="cpu")
     small = load(out, trust_remote_code=True)
-    assert metrics["loss"]["after"] == pytest.approx(loss_by_hand(small, batches_of(parent, text)), rel=1e-5)
+    assert metrics["loss"]["after"] == pytest.approx(loss_by_hand(small, passages_of(parent, text).held_out), rel=1e-5)
     assert metrics["parameters"]["after"] == sum(weight.numel() for weight in small.parameters())
     assert read(out).keys() >= SECTIONS
     assert read(out)["form"] != "stock"
@@ -156,7 +158,8 @@ def test_blocks_of_different_shapes(
     ):
         load_model(str(out), device="cpu")
     opened, tokenizer = load_model(str(out), device="cpu", trust_remote_code=True)
-    assert text_loss(opened, text.batches(opened, tokenizer), title="loss") == pytest.approx(metrics["loss"]["after"])
+    passages = text.passages(opened, tokenizer, text.read())
+    assert passages.loss(opened, title="loss") == pytest.approx(metrics["loss"]["after"])
     stock = Recipe.load(f"structured/{name}", overrides=[*overrides, "export.format=huggingface"])
     with pytest.raises(
         ValueError, match=r"per-layer shapes.*; no model was written, the plan is kept in .*\.plan\.json"
@@ -167,15 +170,18 @@ def test_blocks_of_different_shapes(
     assert json.loads(kept.read_text()) == read(out)["plan"]
 
 
-def test_without_a_tokenizer_only_what_needs_no_text_runs(tmp_path: Path) -> None:
+def test_without_a_tokenizer_the_model_writes_the_text(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny_llama().save_pretrained(folder)
     shrink = {"shrink": {"method": {"class_path": "RemoveTail", "init_args": {"num_blocks": 1}}}}
-    metrics = run_shrink(Recipe.load(shrink), model=str(folder), out=str(tmp_path / "out"), device="cpu")
-    assert metrics["loss"] == {"before": None, "after": None}
+    text = Text(num_sequences=2, sequence_length=8)
+    metrics = run_shrink(Recipe.load(shrink), model=str(folder), out=str(tmp_path / "out"), text=text, device="cpu")
+    assert all(isinstance(loss, float) for loss in metrics["loss"].values())
     assert load(tmp_path / "out").config.num_hidden_layers == 1
+    sleb = Recipe.load("structured/sleb", overrides=["shrink.method.stop.count=1", "shrink.method.protect_first=0"])
+    run_shrink(sleb, model=str(folder), out=str(tmp_path / "sleb"), text=text, device="cpu")
     with pytest.raises(ValueError, match="calibration needs a tokenizer, and the model has none"):
-        run_shrink(Recipe.load("structured/sleb"), model=str(folder), out=str(tmp_path / "no"), device="cpu")
+        run_shrink(sleb, model=str(folder), out=str(tmp_path / "no"), text=Text(data="python"), device="cpu")
 
 
 def test_inspection_shows_what_cannot_be_cut(tmp_path: Path) -> None:

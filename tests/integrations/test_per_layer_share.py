@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_prune.integrations.hf_shrink import Text, replay_plan, run_shrink
+from lightning_prune.integrations.calibration_text import Text
+from lightning_prune.integrations.hf_shrink import replay_plan, run_shrink
 from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_export import export_per_layer
 from lightning_prune.recipe import Recipe

@@ -62,7 +62,10 @@ def test_json_lines_give_their_text(tmp_path: Path) -> None:
 def test_json_lines_without_text_name_the_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"text": "one"}) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=r"data.jsonl, line 2: expected an object with a field 'text', got "):
+    with pytest.raises(
+        ValueError,
+        match=r"data.jsonl, line 2: expected an object with a field 'text', or with 'messages' of role and .*, got ",
+    ):
         read_documents(str(path))
 
 
