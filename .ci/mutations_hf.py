@@ -203,8 +203,8 @@ MUTATIONS = (
     Mutation(
         "exec hears of interruptions",
         f"{ADAPTERS}/exec_inject.py",
-        "run_class.abort = abort_and_mark",
-        "pass",
+        "if was_training:\n            _mark(_INTERRUPTED)",
+        "if False:\n            _mark(_INTERRUPTED)",
         f"{TESTS}/test_exec_inject.py -k how_a_training_goes",
     ),
     Mutation(

@@ -36,18 +36,18 @@ _MARKER = "LIGHTNING_PRUNE_EXEC_MARKER"  # file to which every process appends w
 _MODULES = "LIGHTNING_PRUNE_EXEC_MODULES"  # modules whose class Trainer gets the callback
 _HOME = "LIGHTNING_PRUNE_EXEC_HOME"  # folder to import this library from where the program's own path lacks it
 
-_CONSTRUCTED, _TRAINED, _ENDED, _INTERRUPTED, _BROKEN = "constructed", "trained", "ended", "interrupted", "broken"
+_CONSTRUCTED, _TRAINED = "constructed", "trained"  # by a Trainer
+_STARTED, _ENDED, _INTERRUPTED, _BROKEN = "started", "ended", "interrupted", "broken"  # by a pruning run
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """Where the callback for one Trainer class lives, and its methods for both ends of a training."""
+    """Where the callback for one Trainer class lives, and its method for the start of a training."""
 
     module: str
     begin: str
-    end: str = "on_train_end"
 
 
 _ADAPTERS: Mapping[str, _Adapter] = {
@@ -85,9 +85,11 @@ def run_exec(recipe: str, command: Sequence[str]) -> int:
         logger.error("nothing was pruned: %s", explanation)
         return EXIT_NOT_PRUNED
     broken = list(dict.fromkeys(sentence for event, sentence in marks if event == _BROKEN))
-    last = next((event for event in reversed(events) if event in (_ENDED, _INTERRUPTED)), None)
-    if last != _ENDED:
-        broken.append("the last training was interrupted" if last else "a training began and its end was not seen")
+    ends = [event for event in events if event in (_ENDED, _INTERRUPTED)]
+    if _STARTED in events and not ends:
+        broken.append("a training began and its end was not seen")
+    if ends and ends[-1] == _INTERRUPTED:
+        broken.append("the last training was interrupted")
     if broken:
         logger.error("the program ended well, but pruning did not end as promised: %s", "; ".join(broken))
         return EXIT_NOT_AS_PROMISED
@@ -131,11 +133,9 @@ def add_callback(
 
 @functools.cache
 def _callback_class(adapter: _Adapter) -> type:
-    """Import a callback class and let its instances, the program's own among them, mark how a training goes."""
+    """Import a callback class and let its instances, the program's own among them, mark that a training begins."""
     callback_class: type = importlib.import_module(adapter.module).PruningCallback
-    begin, end = (getattr(callback_class, name) for name in (adapter.begin, adapter.end))
-    run_class: Any = importlib.import_module("lightning_prune.integrations.pruning_run").PruningRun
-    abort = run_class.abort
+    begin = getattr(callback_class, adapter.begin)
 
     @functools.wraps(begin)
     def begin_and_mark(*args: Any, **kwargs: Any) -> object:
@@ -143,13 +143,28 @@ def _callback_class(adapter: _Adapter) -> type:
         _mark(_TRAINED)
         return result
 
-    @functools.wraps(end)
-    def end_and_mark(callback: Any, *args: Any, **kwargs: Any) -> object:
-        result = end(callback, *args, **kwargs)
-        for sentence in callback.run.broken:
+    setattr(callback_class, adapter.begin, begin_and_mark)
+    _watch_runs()
+    return callback_class
+
+
+@functools.cache
+def _watch_runs() -> None:
+    """Let pruning runs mark how they end; a training that resumes where it had ended never starts one."""
+    run_class: Any = importlib.import_module("lightning_prune.integrations.pruning_run").PruningRun
+    start, finish, abort = run_class.start, run_class.finish, run_class.abort
+
+    @functools.wraps(start)
+    def start_and_mark(run: Any, *args: Any, **kwargs: Any) -> None:
+        _mark(_STARTED)
+        start(run, *args, **kwargs)
+
+    @functools.wraps(finish)
+    def finish_and_mark(run: Any) -> None:
+        finish(run)
+        for sentence in run.broken:
             _mark(_BROKEN, sentence)
         _mark(_ENDED)
-        return result
 
     @functools.wraps(abort)
     def abort_and_mark(run: Any) -> bool:
@@ -158,10 +173,7 @@ def _callback_class(adapter: _Adapter) -> type:
             _mark(_INTERRUPTED)
         return was_training
 
-    setattr(callback_class, adapter.begin, begin_and_mark)
-    setattr(callback_class, adapter.end, end_and_mark)
-    run_class.abort = abort_and_mark
-    return callback_class
+    run_class.start, run_class.finish, run_class.abort = start_and_mark, finish_and_mark, abort_and_mark
 
 
 def _mark(event: str, sentence: str = "") -> None:

@@ -52,7 +52,7 @@ class _ResumingCall(TrainCall):
         asked = kwargs.get(_RESUME, args[0] if args else None)
         if asked and output_dir is not None:
             found = resume_folder(asked, Path(output_dir))
-            args, kwargs = args[1:], kwargs | {_RESUME: found}
+            args, kwargs = ((found, *args[1:]), kwargs) if args else ((), kwargs | {_RESUME: found})
         return super().__call__(*args, **kwargs)
 
 

@@ -254,7 +254,8 @@ def test_program_without_trainer_is_an_error_and_pays_nothing(
     [
         ("", EXIT_NOT_PRUNED, "no Trainer of transformers or Lightning was seen in it"),
         ("constructed", EXIT_NOT_PRUNED, "did not train it"),
-        ("trained", EXIT_NOT_AS_PROMISED, "a training began and its end was not seen"),
+        ("started\\ntrained", EXIT_NOT_AS_PROMISED, "a training began and its end was not seen"),
+        ("trained", 0, ""),  # resumed where it had ended
         ("trained\\nended", 0, ""),
         ("trained\\nbroken half as sparse\\nended", EXIT_NOT_AS_PROMISED, "did not end as promised: half as sparse"),
         ("trained\\nended\\ntrained\\ninterrupted", EXIT_NOT_AS_PROMISED, "the last training was interrupted"),
@@ -362,8 +363,14 @@ def test_environment_of_the_program(recipe: str, tmp_path: Path, monkeypatch: py
 
 
 class FakeRun:
-    def __init__(self) -> None:
-        self.is_training, self.broken = False, ()
+    def __init__(self, broken: tuple[str, ...] = ()) -> None:
+        self.is_training, self.broken = False, broken
+
+    def start(self, model: int, *, total_steps: int) -> None:
+        self.is_training = True
+
+    def finish(self) -> None:
+        self.is_training = False
 
     def abort(self) -> bool:
         was_training, self.is_training = self.is_training, False
@@ -371,34 +378,31 @@ class FakeRun:
 
 
 class FakeAdapter:
-    def __init__(self, broken: tuple[str, ...] = ()) -> None:
-        self.run, self.ends_as = FakeRun(), broken
-
     def on_train_begin(self, number: int) -> int:
-        self.run.is_training = True
-        return number
-
-    def on_train_end(self, number: int) -> int:
-        self.run.is_training, self.run.broken = False, self.ends_as
         return number
 
 
-def test_callbacks_mark_how_a_training_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callbacks_and_runs_mark_how_a_training_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = tmp_path / "marker"
     monkeypatch.setenv("LIGHTNING_PRUNE_EXEC_MARKER", str(marker))
     monkeypatch.setattr(pruning_run, "PruningRun", FakeRun)
     monkeypatch.setitem(sys.modules, "an_adapter", SimpleNamespace(PruningCallback=FakeAdapter))
+    exec_inject._watch_runs.cache_clear()
     callback_class = exec_inject._callback_class(exec_inject._Adapter("an_adapter", "on_train_begin"))
-    one = callback_class(broken=("few zeros,\nas a \u201cstream\u201d ended", "no report"))
-    assert (one.on_train_begin(3), one.on_train_end(4)) == (3, 4)
-    other = callback_class()
-    other.on_train_begin(1)
-    assert (other.run.abort(), other.run.abort()) == (True, False)
+    exec_inject._watch_runs.cache_clear()
+    assert callback_class().on_train_begin(3) == 3
+    one = FakeRun(("few zeros,\nas a \u201cstream\u201d ended", "no report"))
+    one.start(1, total_steps=2)
+    one.finish()
+    other = FakeRun()
+    other.start(1, total_steps=2)
+    assert (other.abort(), other.abort()) == (True, False)
     assert marker.read_text(encoding="ascii").splitlines() == [
         "trained",
+        "started",
         "broken few zeros, as a \\u201cstream\\u201d ended",
         "broken no report",
         "ended",
-        "trained",
+        "started",
         "interrupted",
     ]

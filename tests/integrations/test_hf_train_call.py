@@ -198,10 +198,11 @@ def test_a_batch_without_a_counted_label_changes_no_mask(tmp_path: Path) -> None
 
 def test_a_call_goes_through_and_is_watched_once(tmp_path: Path) -> None:
     callback = PruningCallback(recipe())
-    trainer = hf_trainer(tiny_llama(), tmp_path, [callback])
+    trainer = hf_trainer(tiny_llama(), tmp_path, [callback], save_strategy="steps", save_steps=12)
     call = vars(trainer)["train"]
     assert isinstance(call, TrainCall)
-    trainer.train(None)
+    trainer.train(None, None)
+    trainer.train(str(tmp_path / "checkpoint-12"), None)
     trainer.train(resume_from_checkpoint=None)
     assert vars(trainer)["train"] is call
     assert not isinstance(call.method, TrainCall)
