@@ -221,4 +221,11 @@ MUTATIONS = (
         "recipe",
         f"{TESTS}/test_exec_inject.py -k environment",
     ),
+    Mutation(
+        "a second model is recovered anew",
+        f"{ADAPTERS}/pruning_run.py",
+        "self.recovery = self.export.recovery = RecoveryRun(self.recipe, self.sparsifier)",
+        "return module",
+        f"{TESTS}/test_recovery_run.py -k recovered_anew",
+    ),
 )

@@ -73,6 +73,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.run.sparsifier.is_attached:  # to a training that died inside `train`, which starts again in there
             self.run.abort()
         callbacks = _callbacks(trainer)
+        check_beside(self.run, [other.run for other in callbacks if other is not self])
         check_targets_apart([callback.run for callback in callbacks], kwargs["model"])
         self.saved_as = SIDE_FILE if len(callbacks) == 1 else f"{Path(SIDE_FILE).stem}-{self._key()}.pt"
         self._saved, self._written_at = {}, -1

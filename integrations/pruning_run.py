@@ -39,6 +39,10 @@ def _whole_copy(model: nn.Module) -> dict[str, Tensor]:
     return {clean_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in model.named_parameters()}
 
 
+def _overlap(one: nn.Module, other: nn.Module) -> bool:
+    return not set(one.modules()).isdisjoint(other.modules())
+
+
 class PruningRun:
     """One recipe at work in one training.
 
@@ -82,8 +86,12 @@ class PruningRun:
         Returns:
             what the trainer is to train; the same module where it can stay.
         """
-        if self.recovery is None or self.recovery.is_prepared:
+        if self.recovery is None:
             return module
+        if (before := self.recovery.prepared) is not None and _overlap(before, module):
+            return before
+        if before is not None:
+            self.recovery = self.export.recovery = RecoveryRun(self.recipe, self.sparsifier)
         self._check_shrink(module)
         return self.recovery.prepare(module)
 
@@ -122,6 +130,8 @@ class PruningRun:
         self.last_step = self.sparsifier.schedule.resolve(total_steps)[1]
         is_new = not self.sparsifier.is_restoring
         if self.recovery is not None:
+            if self.recovery.prepared is not None and not _overlap(self.recovery.prepared, model):
+                raise ValueError("this callback has prepared another model since; give each Trainer one of its own")
             self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
         if is_new:
             self._evaluate_dense(model)
@@ -187,14 +197,12 @@ class PruningRun:
         if self.recovery is None or "pruned" in self.recovery.moments or not self.sparsifier.is_finished:
             return
         assert self._model is not None
-        has_tasks = self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at
-        if has_tasks:
+        if has_tasks := self.recipe.evaluate is not None and "start" in self.recipe.evaluate.at:
             self._evaluate("pruned", self.sparsifier.report())
         self.recovery.measure("pruned", self._model, self._last_results() if has_tasks else {})
 
     def _last_results(self) -> Mapping[str, Mapping[str, float]]:
-        results: Mapping[str, Mapping[str, float]] = self.evaluations[-1]["results"] if self.evaluations else {}
-        return results
+        return self.evaluations[-1]["results"] if self.evaluations else {}
 
     def _check_language_model(self, model: nn.Module) -> None:
         options, found = self.recipe.evaluate, language_model(model)

@@ -122,6 +122,11 @@ class RecoveryRun:
         return module
 
     @property
+    def prepared(self) -> nn.Module | None:
+        """Return what `prepare` has returned."""
+        return self._prepared
+
+    @property
     def is_prepared(self) -> bool:
         """Return whether `prepare` was called."""
         return self._prepared is not None

@@ -95,13 +95,17 @@ def test_the_same_trainer_resumes_after_an_interruption(tmp_path: Path) -> None:
 
 
 def test_a_smaller_batch_is_found_while_masks_are_on(tmp_path: Path) -> None:
+    found = set()
+
     class Small(InOrderTrainer):
         def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            if self.state.global_step < 6:
+                found.add(num_hooks(model))
             if len(inputs["input_ids"]) > 2 and self.state.global_step == 5:
                 raise RuntimeError("CUDA out of memory. Tried to allocate")
             return super().training_step(model, inputs, *args)
 
-    callback = PruningCallback(recipe(scorer="Wanda"))
+    callback = PruningCallback(recipe(scorer="Wanda") | {"recover": {"retrain": ["all"]}})
     model = tiny_llama()
     args = hf_trainer(model, tmp_path, [], auto_find_batch_size=True).args
     Small(model=model, args=args, train_dataset=dataset(), callbacks=[callback]).train()
@@ -109,6 +113,7 @@ def test_a_smaller_batch_is_found_while_masks_are_on(tmp_path: Path) -> None:
     assert [entry["step"] for entry in callback.run.sparsifier.history if "sparsity" in entry][-1] == 8
     assert callback.run.report().sparsity == 0.5
     assert callback.run.broken == ()
+    assert len(found) == 1  # what was hooked on the first way was taken off
     assert num_hooks(model) == 0
 
 

@@ -243,3 +243,36 @@ def test_evaluating_after_a_distillation_gives_the_ordinary_loss(tmp_path: Path)
     trainer.train()
     measured = callback.run.recovery.report().as_dict()["moments"]["recovered"]["loss"]["nats"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(measured, abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["transformers", "lightning"])
+def test_a_second_model_is_recovered_anew(tmp_path: Path, adapter: str) -> None:
+    content = recipe({"lora": LORA}, tmp_path)
+    if adapter == "transformers":
+        callback, first = with_transformers(content, tmp_path)
+        trainer = hf_trainer(tiny_llama(seed=7), tmp_path, [callback])
+        trainer.train()
+        second: Any = trainer.model
+    else:
+        callback, first = with_lightning(content)
+        module = TinyModule(tiny_llama(seed=7))
+        lightning_trainer([callback], enable_checkpointing=False).fit(module, loader(), loader())
+        second = module.model
+    assert second is not first
+    assert callback.run.broken == ()
+    merged = weights(tmp_path)
+    base = dict(tiny_llama(seed=7).named_parameters())
+    assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert callback.run.report().sparsity == 0.5
+
+
+def test_the_same_model_is_prepared_once(tmp_path: Path) -> None:
+    callback = TransformersCallback(recipe({"lora": LORA}, tmp_path))
+    model = tiny_llama()
+    one, two = (hf_trainer(model, tmp_path, [callback]) for _ in range(2))
+    assert one.model is two.model
+    other = hf_trainer(tiny_llama(seed=7), tmp_path, [callback])
+    with pytest.raises(ValueError, match="has prepared another model since; give each Trainer one of its own"):
+        one.train()
+    other.train()
+    assert callback.run.report().sparsity == 0.5

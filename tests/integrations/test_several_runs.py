@@ -69,3 +69,11 @@ def test_recovery_stands_alone() -> None:
     with pytest.raises(ValueError, match="changes what is trained, so it stands alone"):
         check_beside(recovery, [PruningRun(some(FFN))])
     check_beside(recovery, [])
+
+
+def test_callbacks_that_came_later_are_checked_when_training_starts(tmp_path: Path) -> None:
+    trainer = hf_trainer(tiny_llama(), tmp_path, [])
+    for include in (ATTENTION, FFN):
+        trainer.add_callback(PruningCallback(some(include, export={"dir": str(tmp_path / "out")})))
+    with pytest.raises(ValueError, match=r"two pruning callbacks write into export\.dir"):
+        trainer.train()
