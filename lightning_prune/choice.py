@@ -13,7 +13,7 @@ from lightning_prune import layers
 from lightning_prune.blocks import Blocks, are_beside, repeated_parts
 from lightning_prune.reparametrized import Source
 
-__all__ = ["Candidate", "Fits", "choose"]
+__all__ = ["Candidate", "Fits", "adapted", "choose"]
 
 _ROUTERS = ("*router*", "*.gate.weight", "*.gate.wg.weight")
 
@@ -74,10 +74,10 @@ def choose(model: nn.Module, candidates: Sequence[Candidate], fits: Fits = lambd
     """
     reasons = _Layout(model, candidates).reasons()
     chosen = [idx for idx in range(len(candidates)) if idx not in reasons]
-    adapted = _adapted(model)
-    trained = [idx for idx in chosen if _is_trained(candidates[idx], adapted)]
+    covered = adapted(model)
+    trained = [idx for idx in chosen if _is_trained(candidates[idx], covered)]
     if not trained and chosen and not all(not parameter.requires_grad for parameter in model.parameters()):
-        own = [idx for idx, candidate in enumerate(candidates) if _is_trained(candidate, adapted)]
+        own = [idx for idx, candidate in enumerate(candidates) if _is_trained(candidate, covered)]
         reasons, trained = _of_a_student(model, candidates, own, reasons)
     if trained:
         reasons |= {idx: FROZEN for idx in chosen if idx not in trained}
@@ -102,12 +102,12 @@ def _of_a_student(
     return rest | {own[place]: reason for place, reason in inner.items()}, trained
 
 
-def _is_trained(candidate: Candidate, adapted: set[int]) -> bool:
+def _is_trained(candidate: Candidate, covered: set[int]) -> bool:
     """Return whether a weight trains, by itself or through an adapter over it."""
-    return candidate.parameter.requires_grad or any(id(module) in adapted for module in candidate.modules)
+    return candidate.parameter.requires_grad or any(id(module) in covered for module in candidate.modules)
 
 
-def _adapted(model: nn.Module) -> set[int]:
+def adapted(model: nn.Module) -> set[int]:
     """Return the layers over which matrices train: in the layer itself, or in a wrapper that calls it its base."""
     found = set()
     for module in model.modules():

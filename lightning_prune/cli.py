@@ -171,7 +171,19 @@ def _shrink(options: argparse.Namespace, recipe: Any, overrides: Sequence[str]) 
 
 
 def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.config is not None:
+        recipe = _load(options.config, _split(rest)[0])
+        tables, sentence = _adapter("hf_inspect", "lightning-prune inspect", "hf").inspect_targets(
+            recipe, options.model, total_steps=options.total_steps, trust_remote_code=options.trust_remote_code
+        )
+        for table in tables:
+            _print_table(table)
+            print()
+        print(sentence)
+        return 0
     _refuse(rest)
+    if options.total_steps is not None:
+        raise ValueError("--total_steps has no effect without --recipe; leave it out")
     rows, refused = _adapter("hf_shrink", "lightning-prune inspect", "hf").inspect_model(
         options.model, device=options.device, trust_remote_code=options.trust_remote_code
     )

@@ -45,6 +45,10 @@ def add_oneshot(parser: argparse.ArgumentParser) -> None:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the options of `inspect`."""
     parser.add_argument("--model", required=True, help="a model folder or a hub id")
+    parser.add_argument(
+        "--recipe", "--config", dest="config", help="list what this recipe would prune, in place of what can be cut"
+    )
+    parser.add_argument("--total_steps", type=int, help="of the training, to show when the recipe prunes")
     _add_loading(parser)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_prune import distributed
+from lightning_prune.choice import adapted
 from lightning_prune.schedules import Existing
 from lightning_prune.targets import Selection
 from lightning_prune.types import Schedule
 
-__all__ = ["announce", "start_line"]
+__all__ = ["announce", "start_line", "summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +26,28 @@ def start_line(model: nn.Module, selection: Selection, schedule: Schedule, total
         schedule: says how far, and when.
         total_steps: optimizer steps of the training; None if all is pruned at once.
     """
+    return f"{_what(schedule, total_steps)} {summary(model, selection)}"
+
+
+def summary(model: nn.Module, selection: Selection) -> str:
+    """Return how much the targets are, and how much of each kind is left out, as the end of a sentence."""
     num_pruned = sum(binding.parameter.numel() for binding in selection.targets)
     total = sum(parameter.numel() for parameter in model.parameters())
     size = f"{len(selection.targets)} weights of {_count(num_pruned)} parameters, {num_pruned / total:.1%} of the model"
     left_out = Counter(one.reason for one in selection.left_out)
     first = {one.reason: one.name for one in reversed(selection.left_out)}
     rest = ", ".join(f"{number} x {reason} ({first[reason]})" for reason, number in left_out.items())
-    remarks = "".join(f"; {remark}" for remark in _remarks(selection))
-    return f"{_what(schedule, total_steps)} {size}{remarks}" + (f"; left out: {rest}" if rest else "")
+    remarks = "".join(f"; {remark}" for remark in _remarks(model, selection))
+    return f"{size}{remarks}" + (f"; left out: {rest}" if rest else "")
 
 
-def _remarks(selection: Selection) -> Iterator[str]:
-    frozen = [binding.name for binding in selection.targets if not binding.parameter.requires_grad]
+def _remarks(model: nn.Module, selection: Selection) -> Iterator[str]:
+    covered = adapted(model)
+    frozen = [
+        binding.name
+        for binding in selection.targets
+        if not binding.parameter.requires_grad and not any(id(module) in covered for module in binding.modules)
+    ]
     if frozen and len(frozen) < len(selection.targets):
         yield f"{len(frozen)} of them are frozen ({frozen[0]})"
     elif frozen:
@@ -64,8 +75,10 @@ def _count(number: int) -> str:
 
 
 def announce(sentence: str) -> None:
-    """Log a sentence on the first rank; on the terminal if nobody has set up logging."""
+    """Log a sentence on the first rank; write it to the terminal if nobody has set up logging for this library."""
     distributed.log(logger, logging.INFO, "%s", sentence)
-    if distributed.is_first_rank() and not logger.hasHandlers():
+    is_set_up = logging.getLogger("lightning_prune").level != logging.NOTSET
+    is_shown = logger.hasHandlers() and logger.isEnabledFor(logging.INFO)
+    if distributed.is_first_rank() and not is_set_up and not is_shown:
         record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, sentence, (), None)
         logging.StreamHandler().handle(record)

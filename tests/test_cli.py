@@ -125,6 +125,19 @@ def test_inspect_prints_what_can_be_cut(model_folder: Path, capsys: pytest.Captu
     ]
 
 
+def test_inspect_lists_what_a_recipe_would_prune(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["inspect", "--model", str(model_folder)]
+    options = ["--recipe", "train/gradual_magnitude", "--prune.targets.include=['*.q_proj.weight']"]
+    assert cli.main([*start, *options, "--total_steps", "100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["target", "shape", "read", "as", "out", "x", "in"]
+    assert lines[1].startswith("model.layers.0.self_attn.q_proj.weight  ")
+    assert any(line.startswith("model.layers.0.mlp.up_proj.weight") and "not included" in line for line in lines)
+    assert "of 100 of 2 weights of " in lines[-1]
+    assert cli.main([*start, "--total_steps", "100"]) == 2
+    assert "--total_steps has no effect without --recipe" in capsys.readouterr().err
+
+
 def test_export_writes_the_other_form(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "--model", str(model_folder), "--out", str(tmp_path / "dense")]) == 0
     path = tmp_path / "dense" / "model.safetensors"

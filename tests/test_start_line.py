@@ -62,6 +62,11 @@ def test_attaching_and_pruning_once_say_it(caplog: pytest.LogCaptureFixture) -> 
 def test_it_reaches_the_terminal_where_nobody_listens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logging.Logger, "hasHandlers", lambda self: False)
+    library = logging.getLogger("lightning_prune")
+    monkeypatch.setattr(library, "level", logging.NOTSET)
+    monkeypatch.setattr(logging.Logger, "isEnabledFor", lambda self, level: level >= logging.WARNING)
     announce("three weights")
     assert "three weights" in capsys.readouterr().err
+    monkeypatch.setattr(library, "level", logging.WARNING)
+    announce("three weights")
+    assert capsys.readouterr().err == ""
