@@ -92,7 +92,8 @@ class RecipeCLI(LightningCLI):
 
     def whole_config(self) -> str:
         """Return the recipe as YAML, with every trainer, model and data option written out."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=False))
+        with_nulls = self.parser.dump(self.config, "parser_mode", False, skip_link_targets=False)
+        config = yaml.safe_load(with_nulls)
         sections = {key: config[key] for key in _SECTIONS if config.get(key) is not None}
         return yaml.safe_dump(self.recipe.as_dict() | sections, sort_keys=False, width=120)
 

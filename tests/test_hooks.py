@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import Targets, hooks
 from lightning_prune.statistics.input_norm import InputNorm
-from tests.tiny_models import tiny_family, tiny_llama, token_windows
+from tests.tiny_models import recompute_activations, tiny_family, tiny_llama, token_windows
 
 
 def observed(model: nn.Module, **options: Any) -> tuple[dict[str, InputNorm], list[Any]]:
@@ -114,7 +114,7 @@ def test_recomputed_activations_are_not_counted_twice() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_of_a_model_is_not_counted_twice(use_reentrant: bool) -> None:
     model = tiny_llama()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute_activations(model, use_reentrant=use_reentrant)
     model.train()
     statistics, _ = observed(model, only_training=True)
     ids = token_windows(2, 6)

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_prune import Report, Targets
 from lightning_prune.report import measure
 from lightning_prune.types import TargetReport
-from tests.tiny_models import tiny_family, tiny_llama, tiny_mlp
+from tests.tiny_models import needs_stacked_experts, tiny_family, tiny_llama, tiny_mlp
 
 
 def measured(model: nn.Module, *include: str) -> Report:
@@ -76,6 +76,7 @@ def test_transposed_layers_count_like_others() -> None:
     assert measured(tiny_family("gpt2")).flops_per_token == blocks + 2 * 64 * 32
 
 
+@needs_stacked_experts
 def test_only_the_experts_a_token_passes_count() -> None:
     attention = 32 * 32 + 2 * 16 * 32 + 32 * 32
     two_of_four_experts = (4 * 32 * 32 + 4 * 32 * 16) // 2

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_prune import Targets
 from lightning_prune.targets import Binding, clean_name, find_blocks, is_linear
-from tests.tiny_models import tiny_family, tiny_llama, tiny_mlp
+from tests.tiny_models import needs_stacked_experts, tiny_family, tiny_llama, tiny_mlp
 
 
 def names(model: nn.Module, **patterns: tuple[str, ...]) -> list[str]:
@@ -70,6 +70,7 @@ def test_default_targets_of_families(family: str, per_block: int, num_blocks: in
     assert not [name for name in found if "emb" in name or "head" in name or "cls" in name or "norm" in name]
 
 
+@needs_stacked_experts
 def test_experts_are_targets_and_routers_are_not() -> None:
     found = names(tiny_family("qwen3_moe"))
     assert [name for name in found if ".mlp." in name] == [

@@ -1,6 +1,10 @@
 """Tiny models and data for the tests: real architectures, random weights, no network."""
 
+from typing import Any
+
+import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -19,6 +23,14 @@ from transformers import (
 )
 
 VOCAB = 64
+STACKS_EXPERTS = CHECKS_SIZES = int(transformers.__version__.partition(".")[0]) >= 5
+needs_stacked_experts = pytest.mark.skipif(not STACKS_EXPERTS, reason="Transformers 4 keeps experts in a list")
+
+
+def recompute_activations(model: PreTrainedModel, **how: Any) -> None:
+    """Let a model recompute its blocks in the backward pass; the method's name changed in Transformers 5."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(how or None)
 
 
 def tiny_llama(*, tied: bool = True, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:

@@ -108,7 +108,8 @@ class StudentCalls:
         if is_recomputed and self._replace_loss is not None:
             raise ValueError(
                 "the whole model is recomputed in the backward pass, and the distillation's loss in it; checkpoint its "
-                "blocks instead: model.activation_checkpointing_enable()"
+                "blocks instead: model.activation_checkpointing_enable(), or gradient_checkpointing_enable() in "
+                "Transformers 4"
             )
         kwargs |= self._decoder_inputs(kwargs)
         if not is_recomputed:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from lightning_prune.recovery.distill import Distill, Distiller
 from lightning_prune.recovery.matching import Hidden, SquaredError
 from lightning_prune.recovery.teacher import self_teacher
+from tests.integrations.trainings import RECOMPUTE
 from tests.processes import Processes
 from tests.tiny_models import tiny_family, tiny_llama, token_windows
 
@@ -230,7 +231,7 @@ def test_trl_trains_on_the_divergence_and_evaluates_the_cross_entropy(tmp_path: 
     distiller = Distiller(Distill(), teacher=taught)
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**settings, max_length=64, bf16=False, activation_checkpointing=False),
+        args=SFTConfig(**settings, max_length=64, bf16=False, **{RECOMPUTE: False}),
         train_dataset=stories,
         eval_dataset=stories,
         processing_class=AutoTokenizer.from_pretrained(folder),

@@ -22,6 +22,7 @@ from lightning_prune.integrations.peft_lora import (
 )
 from lightning_prune.integrations.peft_merge import check_merge, export_adapter, merge, merged_state
 from tests.structured.families import build
+from tests.tiny_models import recompute_activations
 
 FORMS: tuple[LoraForm, ...] = ("masked", "scaled")
 FAMILIES = ("llama", "gpt2", "qwen2", "opt", "llama, one key/value head")
@@ -286,7 +287,7 @@ def test_gradient_checkpointing_and_copies_work() -> None:
     wrapped = add_lora(model, form="masked", config={"r": 4}, masks=masks)
     twin = copy.deepcopy(wrapped)
     twin.enable_input_require_grads()
-    twin.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(twin.base_model.model, use_reentrant=False)
     assert train(wrapped.train()) == pytest.approx(train(twin.train()), abs=1e-6)
 
 

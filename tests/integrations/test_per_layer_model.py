@@ -16,6 +16,7 @@ from lightning_prune.integrations.per_layer_source import per_layer_classes
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan, zeroed
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens
+from tests.tiny_models import recompute_activations
 
 
 @functools.cache
@@ -212,7 +213,7 @@ def test_embeddings_can_be_resized_and_training_goes_on() -> None:
     small.resize_token_embeddings(70)
     assert small.config.vocab_size == 70
     torch.testing.assert_close(logits(small, tokens())[..., :64], before)
-    small.activation_checkpointing_enable()
+    recompute_activations(small)
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
     ids = tokens()
     losses = []

@@ -15,7 +15,7 @@ from lightning_prune import Once, Sparsifier
 from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
 from lightning_prune.integrations.peft_lora import LoraGradients, add_lora
-from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer, loader
+from tests.integrations.trainings import RECOMPUTE, TinyModule, hf_trainer, lightning_trainer, loader
 from tests.loops import BATCH, NUM_STEPS
 from tests.tiny_models import tiny_llama
 
@@ -84,7 +84,7 @@ def test_both_trainers_give_the_same_weights_and_keep_every_zero(way: str, tmp_p
 def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     way = WAYS["all at once"]
     with_transformers(recipe(way, tmp_path / "kept"), tmp_path / "kept")
-    with_transformers(recipe(way, tmp_path / "again"), tmp_path / "again", activation_checkpointing=True)
+    with_transformers(recipe(way, tmp_path / "again"), tmp_path / "again", **{RECOMPUTE: True})
     assert same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
 
 

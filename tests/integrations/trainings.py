@@ -15,6 +15,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from tests.loops import BATCH, NUM_STEPS
 from tests.tiny_models import TokenDataset, tiny_llama, token_windows
 
+RECOMPUTE = next(  # the option's name changed in Transformers 5
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
 
 def dataset() -> TokenDataset:
     """Return the sequences of `tests.loops.batches`."""

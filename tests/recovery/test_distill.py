@@ -16,7 +16,7 @@ from lightning_prune.recovery.distill import Distill, Distiller
 from lightning_prune.recovery.divergences import JensenShannon
 from lightning_prune.recovery.matching import Attention, Cosine, Hidden, Relation, SquaredError
 from lightning_prune.recovery.teacher import self_teacher
-from tests.tiny_models import tiny_family, tiny_llama, token_windows
+from tests.tiny_models import recompute_activations, tiny_family, tiny_llama, token_windows
 
 IDS = token_windows(4)
 LABELS = IDS.clone()
@@ -286,7 +286,7 @@ def test_the_teacher_runs_once_per_step_under_checkpointing_and_not_at_all_when_
         distiller.attach(student, replace_loss=True)
         for checkpoints in (False, True):
             if checkpoints:
-                student.activation_checkpointing_enable({"use_reentrant": False})
+                recompute_activations(student, use_reentrant=False)
             loss = student(input_ids=IDS, labels=LABELS, use_cache=False).loss
             loss.backward()
             yield loss.detach()

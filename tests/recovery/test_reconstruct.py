@@ -15,7 +15,7 @@ from lightning_prune.recovery.reconstruct import Reconstruct, ReconstructionRepo
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.targets import Binding
 from tests.processes import Processes
-from tests.tiny_models import tiny_family, tiny_llama, tiny_mlp, token_windows
+from tests.tiny_models import needs_stacked_experts, tiny_family, tiny_llama, tiny_mlp, token_windows
 
 DAMPING = 0.05
 
@@ -301,6 +301,7 @@ def test_targets_that_no_batch_reaches_are_named() -> None:
     assert [error.name for error in report.targets] == ["text.0.weight", "text.1.weight"]
 
 
+@needs_stacked_experts
 def test_stacked_experts_are_refused_by_name_and_can_be_left_out() -> None:
     model, batches = tiny_family("qwen3_moe"), token_batches()
     name = "model.layers.1.self_attn.q_proj.weight"

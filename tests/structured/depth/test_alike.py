@@ -7,7 +7,7 @@ from lightning_prune.structured.depth.alike import check_alike, linear_roles, ra
 from lightning_prune.targets import find_blocks
 from tests.structured.depth_models import tiny_model
 from tests.structured.families import build
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import needs_stacked_experts, tiny_llama
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "bloom"])
@@ -43,6 +43,10 @@ def test_unequal_blocks_are_refused() -> None:
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
     with pytest.raises(ValueError, match="are one tensor; blocks whose weights are tied already"):
         check_alike(tied)
+    check_alike(build("mamba"))
+
+
+@needs_stacked_experts
+def test_blocks_of_stacked_experts_are_refused() -> None:
     with pytest.raises(ValueError, match="most weights of block 0 are not in linear layers"):
         check_alike(tiny_model("qwen3_moe"))
-    check_alike(build("mamba"))

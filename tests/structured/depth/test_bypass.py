@@ -22,7 +22,7 @@ from lightning_prune.structured.groups import Group, Member
 from lightning_prune.targets import find_blocks
 from tests.structured.depth_models import FAMILIES, family_groups, padded_batches, shake, tiny_model
 from tests.structured.families import build, randomised
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import STACKS_EXPERTS, tiny_llama
 
 OUTPUTS = {
     ("llama", "attention"): ["self_attn.o_proj.weight"],
@@ -32,7 +32,9 @@ OUTPUTS = {
     ("gpt_neox", "attention"): ["attention.dense.weight", "attention.dense.bias"],
     ("gpt_neox", "mlp"): ["mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"],
     ("qwen3_moe", "attention"): ["self_attn.o_proj.weight"],
-    ("qwen3_moe", "mlp"): ["mlp.experts.down_proj"],
+    ("qwen3_moe", "mlp"): ["mlp.experts.down_proj"]
+    if STACKS_EXPERTS
+    else [f"mlp.experts.{expert}.down_proj.weight" for expert in range(4)],
     ("bloom", "attention"): ["self_attention.dense.weight", "self_attention.dense.bias"],
     ("bloom", "mlp"): ["mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"],
     ("opt", "attention"): ["self_attn.out_proj.weight", "self_attn.out_proj.bias"],

@@ -20,6 +20,7 @@ from lightning_prune.structured.depth.candidates import (
 from lightning_prune.structured.groups import Cut, Group, Member, zeroed
 from lightning_prune.targets import find_blocks
 from tests.structured.depth_models import family_groups, llama_groups, padded_batches, tiny_model
+from tests.tiny_models import needs_stacked_experts
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -80,6 +81,7 @@ def test_runs_of_units_are_zeroed_together(family: str) -> None:
     assert torch.equal(logits(model), intact)
 
 
+@needs_stacked_experts
 def test_parameters_of_a_unit_by_hand() -> None:
     llama = tiny_model("llama")
     kv, ffn = llama_groups(llama)[:2]

@@ -7,7 +7,7 @@ from lightning_prune.structured.discovery.fields import Fields
 from lightning_prune.structured.discovery.layouts import layouts
 from lightning_prune.structured.discovery.roles import Dimension, Roles, partition
 from tests.structured.families import build
-from tests.tiny_models import tiny_family, tiny_llama, tiny_mlp
+from tests.tiny_models import CHECKS_SIZES, tiny_family, tiny_llama, tiny_mlp
 
 
 def test_doubling_the_ffn_width_changes_three_tensors_of_a_block() -> None:
@@ -22,6 +22,7 @@ def test_doubling_the_ffn_width_changes_three_tensors_of_a_block() -> None:
     assert blueprint.change({("vocab_size",): 64}) == {}
 
 
+@pytest.mark.skipif(not CHECKS_SIZES, reason="Transformers 4 builds sizes that do not fit")
 def test_what_builds_nothing_says_why() -> None:
     blueprint = Blueprint(tiny_llama())
     assert blueprint.shapes_with({("num_attention_heads",): 5}) is None

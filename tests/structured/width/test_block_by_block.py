@@ -25,7 +25,7 @@ from lightning_prune.structured.width.unit_scores import Reduction
 from tests.processes import Processes
 from tests.structured.llama_groups import llama_groups
 from tests.structured.unchanged import unchanged_since
-from tests.tiny_models import tiny_family, tiny_llama, token_windows
+from tests.tiny_models import needs_stacked_experts, tiny_family, tiny_llama, token_windows
 
 
 def gpt2_groups() -> list[Group]:
@@ -247,6 +247,7 @@ def test_padding_does_not_count() -> None:
     torch.testing.assert_close(logits(plain), logits(padded), rtol=1e-3, atol=1e-4)
 
 
+@needs_stacked_experts
 def test_stacked_experts_are_cut_one_by_one_from_their_weights() -> None:
     model = tiny_family("qwen3_moe")
     prefix = "model.layers.1.mlp.experts"

@@ -17,7 +17,7 @@ from lightning_prune.structured.width.low_rank import (
 )
 from tests.structured.depth_models import sampled, stories3m
 from tests.structured.width_models import calibration, family
-from tests.tiny_models import tiny_family
+from tests.tiny_models import needs_stacked_experts, tiny_family
 
 DOWN = "*.mlp.down_proj.weight"
 
@@ -112,6 +112,7 @@ def test_each_basis_is_best_by_its_own_measure() -> None:
         assert by_output.output_error < by_weight.output_error  # type: ignore[operator]
 
 
+@needs_stacked_experts
 def test_transposed_weights_and_stacked_experts() -> None:
     gpt2 = tiny_family("gpt2").eval()
     weight_IO = gpt2.transformer.h[0].mlp.c_fc.weight.detach().clone()

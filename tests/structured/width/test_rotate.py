@@ -21,7 +21,7 @@ from lightning_prune.structured.width.subclone import subclone
 from tests.processes import Processes
 from tests.structured.depth_models import sampled, stories3m
 from tests.structured.width_models import calibration, family, logits
-from tests.tiny_models import tiny_family
+from tests.tiny_models import CHECKS_SIZES, needs_stacked_experts, tiny_family
 
 
 def narrowed(model: Any, size: int, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -127,6 +127,7 @@ def test_norms_are_matched_with_what_reads_them() -> None:
     assert len(found) == 2 * 5 + 1
 
 
+@needs_stacked_experts
 def test_experts_and_their_router_turn_along() -> None:
     model = tiny_family("qwen3_moe").eval()
     generator = torch.Generator().manual_seed(1)
@@ -188,7 +189,12 @@ def test_a_scale_on_the_stream_is_noticed_by_the_numbers() -> None:
     [
         (0, {}, "hidden_size must be from 1 to the model's own 32, got 0"),
         (33, {}, "hidden_size must be from 1 to the model's own 32, got 33"),
-        (22, {}, "LlamaForCausalLM cannot have hidden_size=22: .*multiple of the number of attention"),
+        pytest.param(
+            22,
+            {},
+            "LlamaForCausalLM cannot have hidden_size=22: .*multiple of the number of attention",
+            marks=pytest.mark.skipif(not CHECKS_SIZES, reason="Transformers 4 builds sizes that do not fit"),
+        ),
         (24, {"batches": []}, "the directions come from calibration batches, got none"),
         (24, {"signal": "norm"}, "signal must be normalised or raw, got 'norm'"),
     ],
