@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -41,23 +41,33 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return []
 
 
-def repeated_parts(model: nn.Module) -> Blocks:
-    """Return the parts of a model that repeat, a single block in a `ModuleList` and relatives elsewhere included."""
-    lists = [found for found in _outermost(model, _repeats_blocks) if not _is_row_of_heads(found)]
+def repeated_parts(model: nn.Module, aside: Collection[int] = ()) -> Blocks:
+    """Return the parts of a model that repeat, a single block in a `ModuleList` and relatives elsewhere included.
+
+    Args:
+        model: any.
+        aside: identities of modules that are no part of the network.
+    """
+    lists = [found for found in _outermost(model, _repeats_blocks, aside) if not _is_row_of_heads(found)]
     if lists:
         parts = [block for found in lists for block in _blocks_of(found)]
-        return Blocks(tuple(parts) + tuple(_relatives(model, parts)), are_whole=True)
-    chains = list(_outermost(model, _repeats_layers))
+        relatives = [part for part in _relatives(model, parts) if id(part) not in aside]
+        return Blocks((*parts, *relatives), are_whole=True)
+    chains = list(_outermost(model, _repeats_layers, aside))
     return Blocks(tuple(part for chain in chains for part in chain.children() if _has_weights(part)), are_whole=False)
 
 
-def _outermost(module: nn.Module, accept: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Yield the outermost modules that are accepted, in order."""
+def _outermost(
+    module: nn.Module, accept: Callable[[nn.Module], bool], aside: Collection[int] = ()
+) -> Iterator[nn.Module]:
+    """Yield the outermost modules that are accepted, in order, none from what lies aside."""
+    if id(module) in aside:
+        return
     if accept(module):
         yield module
         return
     for child in module.children():
-        yield from _outermost(child, accept)
+        yield from _outermost(child, accept, aside)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 Told from what a layer is and where it lies: never from a name, except for routers that nothing else gives away.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -22,6 +23,7 @@ FOREIGN = "no layer's weight"
 FROZEN = "frozen, and no adapter covers it"
 GAIN = "gain of a weight norm"
 HEAD = "output head"
+METRIC = "part of a metric"
 OUTSIDE = "outside the repeated blocks"
 ROUTER = "router or gate"
 
@@ -72,13 +74,17 @@ def choose(model: nn.Module, candidates: Sequence[Candidate], fits: Fits = lambd
     Returns:
         the reason for each candidate that is not pruned, by its place.
     """
-    reasons = _Layout(model, candidates).reasons()
-    chosen = [idx for idx in range(len(candidates)) if idx not in reasons]
     covered = adapted(model)
-    trained = [idx for idx in chosen if _is_trained(candidates[idx], covered)]
-    if not trained and chosen and not all(not parameter.requires_grad for parameter in model.parameters()):
-        own = [idx for idx, candidate in enumerate(candidates) if _is_trained(candidate, covered)]
-        reasons, trained = _of_a_student(model, candidates, own, reasons)
+    trains = [_is_trained(candidate, covered) for candidate in candidates]
+    reasons = _beside_others(model, candidates, _metrics(model))
+    if any(trains):
+        frozen = _frozen_networks(model, covered)
+        without = _beside_others(model, candidates, frozen | _metrics(model))
+        own = [idx for idx, does in enumerate(trains) if does and idx not in without]
+        if len(own) > 1 or any(_has_own_head(model, candidates, idx, frozen) for idx in own):
+            reasons = without
+    chosen = [idx for idx in range(len(candidates)) if idx not in reasons]
+    trained = [idx for idx in chosen if trains[idx]]
     if trained:
         reasons |= {idx: FROZEN for idx in chosen if idx not in trained}
         chosen = trained
@@ -87,19 +93,48 @@ def choose(model: nn.Module, candidates: Sequence[Candidate], fits: Fits = lambd
     return reasons | misfits if len(misfits) < len(chosen) else reasons
 
 
-def _of_a_student(
-    model: nn.Module, candidates: Sequence[Candidate], own: Sequence[int], reasons: dict[int, str]
-) -> tuple[dict[int, str], list[int]]:
-    """Look among what trains, where all blocks are frozen: those of a teacher, if a second network trains beside it.
+def _beside_others(model: nn.Module, candidates: Sequence[Candidate], aside: Mapping[int, str]) -> dict[int, str]:
+    """Return why candidates are left alone, where some modules are no part of the network, for the reasons given."""
+    reasons, own = {}, []
+    for idx, candidate in enumerate(candidates):
+        reason = next((aside[id(module)] for module in candidate.modules if id(module) in aside), None)
+        if reason is None:
+            own.append(idx)
+        else:
+            reasons[idx] = reason
+    inner = _Layout(model, [candidates[idx] for idx in own], repeated_parts(model, aside)).reasons()
+    return reasons | {own[place]: reason for place, reason in inner.items()}
 
-    One layer that trains is the head of a network whose blocks may be unfrozen later; such blocks are targets.
+
+def _has_own_head(model: nn.Module, candidates: Sequence[Candidate], idx: int, frozen: Mapping[int, str]) -> bool:
+    """Return whether a weight lies in a network of its own: with others in a module that holds no frozen network."""
+    others = {id(one.modules[0]) for place, one in enumerate(candidates) if place != idx and one.is_weight}
+    networks = [module for module in model.modules() if not any(id(part) in frozen for part in module.modules())]
+    own = candidates[idx].modules[0]
+    inner = [{id(part) for part in network.modules()} for network in networks]
+    return any(id(own) in parts and not others.isdisjoint(parts) for parts in inner)
+
+
+def _metrics(model: nn.Module) -> dict[int, str]:
+    """Return the modules inside metrics, such as the networks that compare images."""
+    kind = getattr(sys.modules.get("torchmetrics"), "Metric", None)
+    found = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
+    return {id(part): METRIC for metric in found for part in metric.modules()}
+
+
+def _frozen_networks(model: nn.Module, covered: set[int]) -> dict[int, str]:
+    """Return the modules of networks that are frozen as a whole, such as a teacher; a frozen block is none.
+
+    One layer that trains beside such a network is its head, and the blocks may be unfrozen later.
     """
-    inner = _Layout(model, [candidates[idx] for idx in own], blocks=Blocks((), are_whole=False)).reasons()
-    trained = [idx for place, idx in enumerate(own) if place not in inner]
-    if len(trained) < 2:
-        return reasons, []
-    rest = {idx: FROZEN for idx in range(len(candidates)) if idx not in own}
-    return rest | {own[place]: reason for place, reason in inner.items()}, trained
+    blocks = {id(module) for part in repeated_parts(model).parts for module in part.modules()}
+    found: dict[int, str] = {}
+    for module in model.modules():
+        flags = [parameter.requires_grad for parameter in module.parameters()]
+        is_apart = id(module) not in blocks and not any(id(part) in covered for part in module.modules())
+        if flags and not any(flags) and is_apart and not layers.is_layer(module):
+            found |= {id(part): FROZEN for part in module.modules()}
+    return found
 
 
 def _is_trained(candidate: Candidate, covered: set[int]) -> bool:
@@ -126,9 +161,8 @@ def adapted(model: nn.Module) -> set[int]:
 class _Layout:
     """Where the candidates lie in a model."""
 
-    def __init__(self, model: nn.Module, candidates: Sequence[Candidate], blocks: Blocks | None = None) -> None:
-        self.model, self.candidates = model, candidates
-        self.blocks = repeated_parts(model) if blocks is None else blocks
+    def __init__(self, model: nn.Module, candidates: Sequence[Candidate], blocks: Blocks) -> None:
+        self.model, self.candidates, self.blocks = model, candidates, blocks
         self.inside = {id(module) for part in self.blocks.parts for module in part.modules()}
         self.order = [idx for idx, candidate in enumerate(candidates) if candidate.is_weight]
         self.heads = _known_heads(model)

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torchmetrics import Metric
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -227,12 +228,47 @@ def test_a_frozen_teacher_is_left_alone() -> None:
 
 def test_a_small_student_beside_a_frozen_network_is_pruned() -> None:
     student = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    model = model_of(teacher=model_of(blocks=blocks()).requires_grad_(False), student=student)
-    assert chosen(model) == ["student.0.weight", "student.2.weight"]
+    teacher = model_of(blocks=blocks()).requires_grad_(False)
+    assert chosen(model_of(teacher=teacher, student=student)) == ["student.0.weight", "student.2.weight"]
+    assert chosen(model_of(teacher=teacher, student=nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)))) == [
+        "student.0.weight"
+    ]
+
+
+def test_a_convolutional_student_beside_a_frozen_one_keeps_its_linear_layers() -> None:
+    teacher = nn.Sequential(Residual(3, 8), Residual(8, 8), nn.Linear(8, 3)).requires_grad_(False)
+    student = model_of(conv=nn.Conv2d(3, 4, 3), hidden=nn.Linear(16, 8), out=nn.Linear(8, 3))
+    for model in (model_of(teacher=teacher, student=student), model_of(student=student, teacher=teacher)):
+        assert chosen(model) == ["student.conv.weight", "student.hidden.weight"]
+
+
+def test_networks_inside_metrics_are_no_part_of_the_model() -> None:
+    class Distance(Metric):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(Residual(3, 8), Residual(8, 8), nn.Conv2d(8, 1, 1))
+
+        def update(self) -> None:
+            """Nothing."""
+
+        def compute(self) -> None:
+            """Nothing."""
+
+    model = model_of(net=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), distance=Distance())
+    assert chosen(model) == ["net.0.weight"]
+    found = reasons(model)
+    assert found.pop("net.2.weight") == "output head"
+    assert set(found.values()) == {"part of a metric"}
+
+
+def test_blocks_that_train_beside_frozen_ones_are_pruned() -> None:
+    model = model_of(blocks=blocks(3), head=nn.Linear(8, 3))
+    model["blocks"][0].requires_grad_(False)
+    assert {name.split(".")[1] for name in chosen(model)} == {"1", "2"}
 
 
 def test_frozen_blocks_below_a_head_that_trains_may_be_unfrozen_later() -> None:
-    model = model_of(blocks=blocks().requires_grad_(False), head=nn.Linear(8, 3))
+    model = model_of(blocks=blocks().requires_grad_(False), first=nn.Linear(8, 8), head=nn.Linear(8, 3))
     assert len(chosen(model)) == 8
     assert len(chosen(model.requires_grad_(False))) == 8
 

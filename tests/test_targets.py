@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_prune import Targets
+from lightning_prune import Once, Sparsifier, Targets
 from lightning_prune.targets import Binding, clean_name, find_blocks, is_linear
 from tests.tiny_models import needs_stacked_experts, tiny_family, tiny_llama, tiny_mlp
 
@@ -261,3 +261,46 @@ def test_quantized_weights_are_refused(weight: Tensor) -> None:
     with pytest.raises(ValueError, match=r"target 0\.weight is already quantized \(.*\); prune before quantizing, or"):
         names(model)
     assert names(model, include=("*",), exclude=("0.*",)) == ["2.weight"]
+
+
+def test_two_targets_never_share_a_name() -> None:
+    model = nn.Module()
+    model.module = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model.fc, model.base_layer = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"two weights are called fc\.weight once what wrappers add to names"):
+        names(model)
+    del model.base_layer, model.module
+    model.outer = nn.ModuleDict({"module": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    assert names(model) == ["fc.weight", "outer.module.fc.weight"]
+
+
+def test_one_memory_under_two_parameters_is_one_target() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    (binding,) = Targets().resolve(model)
+    assert binding.modules == (model[0], model[1])
+    assert [copy is model[1].weight for copy in binding.copies] == [True]
+
+
+def test_weights_that_share_memory_in_part_are_refused() -> None:
+    memory = torch.rand(6, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight, model[1].weight = nn.Parameter(memory[:4]), nn.Parameter(memory[2:])
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory, but are not the same weight read"):
+        names(model)
+    model[1].weight = nn.Parameter(memory[:4].t())
+    with pytest.raises(ValueError, match=r"share memory"):
+        names(model)
+    separate = torch.rand(8, 4)
+    model[0].weight, model[1].weight = nn.Parameter(separate[:4]), nn.Parameter(separate[4:])
+    assert names(model) == ["0.weight", "1.weight"]
+
+
+def test_a_weight_that_trains_as_two_parameters_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"0\.weight is one weight held as .* parameters over the same memory"):
+        Sparsifier(schedule=Once(sparsity=0.5)).attach(model, [optimizer], total_steps=2)
+    model[1].weight = model[0].weight
+    Sparsifier(schedule=Once(sparsity=0.5)).attach(model, [optimizer], total_steps=2)
