@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation(
         "padding sends no expert a token",
         f"{STRUCTURED}/width/expert_usage.py",
-        "        indices_TK = indices_TK[attention_mask.reshape(-1).bool().to(indices_TK.device)]",
+        "        indices_TK = indices_TK[keep.reshape(-1).to(indices_TK.device)]",
         "        pass",
         f"{TESTS}/width/test_expert_usage.py -k padding",
     ),

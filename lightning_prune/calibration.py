@@ -49,7 +49,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache
 
 
-def to_device(batch: Batch, device: torch.device) -> dict[str, object]:
+def to_device(batch: Mapping[str, object], device: torch.device) -> dict[str, object]:
     """Move the tensors of a batch."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 

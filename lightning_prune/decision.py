@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_prune import distributed, masks
 from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.targets import Binding
+from lightning_prune.ties import TieCounts, Ties, count_ties, extremes
 from lightning_prune.types import Allocation, Granularity, Scorer, Stats
 
 __all__ = ["Decision", "check_combination"]
@@ -119,7 +120,7 @@ class Decision:
 
     def budgets(self, sparsity: float) -> dict[str, float]:
         """Return one sparsity per target; under scope `global` the split is made by the ranking itself."""
-        if self.granularity.scope(self.scorer.scope) == "global":
+        if self.ranks_together:
             return dict.fromkeys(self.names, sparsity)
         return self.allocation.split(sparsity, self)
 
@@ -128,18 +129,51 @@ class Decision:
 
         A target's weights may be changed before the next mask is asked for; it does not affect the others.
         """
+        for binding, _, keep_RC, _ in self._ranked(budgets):
+            yield binding, self._finish(binding, keep_RC)
+
+    def decide_with_ties(self, budgets: Mapping[str, float]) -> list[tuple[Binding, Tensor, Ties]]:
+        """Return (target, keep mask, how much of it followed from the place of equal units), in order."""
+        found = [
+            (binding, self._finish(binding, keep_RC), self._tie_counts(binding, unit_RC, keep_RC, cut))
+            for binding, unit_RC, keep_RC, cut in self._ranked(budgets)
+        ]
+        together = [sum(getattr(c, f"num_equal_{what}") for *_, c in found) for what in ("kept", "pruned")]
+
+        def is_split(counts: TieCounts) -> bool:
+            return all(together if self.ranks_together else (counts.num_equal_kept, counts.num_equal_pruned))
+
+        return [(binding, mask, counts.judge(is_split=is_split(counts))) for binding, mask, counts in found]
+
+    @property
+    def ranks_together(self) -> bool:
+        """Return whether all targets are ranked together."""
+        return self.granularity.scope(self.scorer.scope) == "global"
+
+    def _ranked(self, budgets: Mapping[str, float]) -> Iterator[tuple[Binding, Tensor, Tensor, masks.Cut | None]]:
+        """Yield (target, unit_RC, keep_RC, the cut unless every row is ranked alone)."""
         scope = self.granularity.scope(self.scorer.scope)
-        cut = self._cut(self.names, budgets[self.names[0]], self.unit) if scope == "global" else None
+        cut = self._cut(self.names, budgets[self.names[0]], self.unit) if self.ranks_together else None
         for binding in self.bindings:
             unit_RC = self.unit(binding.name)
             if scope == "row":
                 num_keep = self.granularity.num_keep(budgets[binding.name], unit_RC.shape[1])
-                yield binding, self._finish(binding, masks.keep_rows(unit_RC, num_keep))
+                yield binding, unit_RC, masks.keep_rows(unit_RC, num_keep), None
                 continue
             own = cut or self._cut([binding.name], budgets[binding.name], {binding.name: unit_RC}.__getitem__)
             whole = self._is_whole(binding)
-            keep_RC = masks.keep_above(unit_RC, own, binding.name, binding.parameter, whole=whole)
-            yield binding, self._finish(binding, keep_RC)
+            yield binding, unit_RC, masks.keep_above(unit_RC, own, binding.name, binding.parameter, whole=whole), own
+
+    def _tie_counts(self, binding: Binding, unit_RC: Tensor, keep_RC: Tensor, cut: masks.Cut | None) -> TieCounts:
+        whole = self._is_whole(binding)
+        matters_RC = self.granularity.pool(binding.target(whole=whole).weight_OI.abs().float()) > 0
+        if cut is None:
+            counts = count_ties(unit_RC, keep_RC, matters_RC, None)
+        else:
+            high, minus_low = extremes(unit_RC) if whole else distributed.maxima(extremes(unit_RC), binding.parameter)
+            differs = bool(high > -minus_low)
+            counts = count_ties(unit_RC, keep_RC, matters_RC, masks.at_cut(unit_RC, cut), differs=differs)
+        return TieCounts(*self.sum(binding.name, counts).tolist())
 
     def _cut(self, names: Sequence[str], sparsity: float, unit: Callable[[str], Tensor]) -> masks.Cut:
         num_keep = self.granularity.num_keep(sparsity, sum(self.num_units(name) for name in names))

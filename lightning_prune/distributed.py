@@ -27,6 +27,8 @@ __all__ = [
     "is_sharded",
     "local",
     "log",
+    "maxima",
+    "ranges",
     "rank",
     "rebuild",
     "reshard",
@@ -164,6 +166,16 @@ def all_reduce_sum(values: Tensor, parameter: Tensor) -> Tensor:
     return values
 
 
+def maxima(values: Tensor, parameter: Tensor) -> Tensor:
+    """Return the largest values over the processes that share the rows of `parameter`."""
+    group = _group(parameter)
+    if group is None:
+        return values
+    values = values.clone()
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
 def gather_counts(count: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
     """Return (sum over the processes before this one, sum over all) for the rows of `parameter`."""
     group = _group(parameter)
@@ -182,6 +194,16 @@ def sum_everywhere(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values
+
+
+def ranges(values: Tensor) -> list[tuple[int, int]]:
+    """Return the lowest and the highest of every whole number over all processes."""
+    values = values.long()
+    both = torch.stack([values, -values])
+    if is_active():
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    highest, lowest = both.tolist()
+    return [(-low, high) for low, high in zip(lowest, highest, strict=True)]
 
 
 def broadcast_number(value: float, device: torch.device) -> float:

@@ -1,23 +1,20 @@
 """What is hooked into torch: layer inputs, gradients, and the end of an optimizer step.
 
-Shapes: B sequences, T tokens, I input features.
+Shapes: T tokens, I input features.
 """
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed
+from lightning_prune import distributed, padding
+from lightning_prune.calls import Call, Calls, Hook, in_backward
 from lightning_prune.targets import Binding
 
-if TYPE_CHECKING:
-    from lightning_prune.statistic import Statistic
-
-__all__ = ["clear_state", "mask_gradient", "observe_inputs", "unwrap_optimizer", "zero_pruned_gradient"]
+__all__ = ["Fed", "clear_state", "mask_gradient", "observe_inputs", "unwrap_optimizer", "zero_pruned_gradient"]
 
 
 def unwrap_optimizer(optimizer: object) -> torch.optim.Optimizer:
@@ -76,77 +73,90 @@ def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, changed: Te
         part.masked_fill_(changed, 0)
 
 
+class Fed(Protocol):
+    """What takes in the inputs of a layer: a statistic."""
+
+    is_by_sequence: ClassVar[bool]
+
+    def feed(self, input_TI: Tensor, /) -> None:
+        """Take in the tokens of one pass, or of one sequence where `is_by_sequence`."""
+        ...
+
+
 def observe_inputs(
-    model: nn.Module,
-    feeds: Sequence[tuple[Binding, "Statistic"]],
+    model: nn.Module | Calls,
+    feeds: Sequence[tuple[Binding, Fed]],
     *,
     only_training: bool,
+    skipped: dict[str, str] | None = None,
 ) -> list[RemovableHandle]:
-    """Feed the inputs of targets' layers to their statistics.
+    """Feed the inputs of targets' layers to their statistics, from every layer that holds the target.
 
-    Padding is left out where the model is called with a 2-D `attention_mask`. Passes that recompute activations in
-    the backward pass are not counted twice.
+    Padding is left out as the model's calls tell it, see `calls`. Passes that recompute activations in the backward
+    pass are not counted twice.
 
     Args:
-        model: what is called, for its attention mask.
+        model: what is called; or its calls, where they are followed already.
         feeds: targets, all of linear layers, and their statistics.
-        only_training: whether to skip passes in evaluation mode.
+        only_training: whether to skip passes without gradients, and passes in evaluation mode once there was one in
+            training mode.
+        skipped: is told by target why a pass did not count.
 
     Returns:
         handles; removing them ends the observation.
     """
-    seen: dict[str, Tensor | None] = {"attention_mask": None}
-    handles = [_watch_attention_mask(module, seen) for module in _called_with_attention_mask(model)]
-
-    def add(binding: Binding, statistic: "Statistic") -> RemovableHandle:
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            is_copy = module is not binding.module
-            if in_backward or is_copy or (only_training and not module.training):
-                return
-            assert isinstance(args[0], Tensor)
-            inputs = args[0].detach()
-            parts = _sequences(inputs, seen["attention_mask"]) if statistic.is_by_sequence else None
-            for input_TI in parts or [_tokens(inputs, seen["attention_mask"])]:
-                statistic.update(input_TI)
-
-        return binding.module.register_forward_pre_hook(hook)
-
-    return handles + [add(binding, statistic) for binding, statistic in feeds]
+    calls = model if isinstance(model, Calls) else Calls(model)
+    passes = _Passes(model if isinstance(model, nn.Module) else None, only_training, {} if skipped is None else skipped)
+    handles = [] if calls is model else list(calls.handles)
+    for binding, statistic in feeds:
+        for module in binding.modules:
+            feed = _Feed(calls, passes, binding.name, module, statistic)
+            handles.append(module.register_forward_pre_hook(feed, with_kwargs=True))
+    return handles
 
 
-def _tokens(inputs: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return input_TI without padding."""
-    if attention_mask is not None and inputs.shape[:-1].numel() == attention_mask.numel():
-        return inputs.reshape(-1, inputs.shape[-1])[attention_mask.reshape(-1).bool()]
-    return inputs.reshape(-1, inputs.shape[-1])
+class _Passes:
+    """Tells which passes count."""
+
+    def __init__(self, model: nn.Module | None, only_training: bool, skipped: dict[str, str]) -> None:
+        self.model, self.only_training, self.skipped = model, only_training, skipped
+        self.has_trained = False
+
+    def reason_against(self, call: Call | None) -> str | None:
+        """Return why the pass that goes on does not count; None if it does."""
+        if not self.only_training:
+            return None
+        if not (torch.is_grad_enabled() if call is None else call.has_gradient):
+            return "it ran only without gradients"
+        is_training = self.model is None or self.model.training
+        self.has_trained |= is_training
+        return None if is_training or not self.has_trained else "it ran only in evaluation mode"
 
 
-def _sequences(inputs: Tensor, attention_mask: Tensor | None) -> Iterator[Tensor]:
-    """Yield input_TI without padding of every sequence; flat inputs without a mask are one sequence."""
-    if attention_mask is not None and inputs.shape[:-1].numel() == attention_mask.numel():
-        inputs = inputs.reshape(*attention_mask.shape, inputs.shape[-1])
-        parts = (input_TI[keep_T] for input_TI, keep_T in zip(inputs, attention_mask.bool(), strict=True))
-    else:
-        parts = (input_TI for input_TI in (inputs.flatten(0, -3) if inputs.ndim > 2 else inputs[None]))
-    yield from (input_TI for input_TI in parts if len(input_TI))
+class _Feed(Hook):
+    """Feeds what a layer reads to a statistic."""
 
-
-def _called_with_attention_mask(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules whose forward takes one attention mask: of an encoder-decoder, its two sides."""
-    parameters = inspect.signature(model.forward).parameters
-    if "attention_mask" in parameters and "decoder_attention_mask" not in parameters:
-        return [model]
-    return [found for child in model.children() for found in _called_with_attention_mask(child)]
-
-
-def _watch_attention_mask(module: nn.Module, seen: dict[str, Tensor | None]) -> RemovableHandle:
-    signature = inspect.signature(module.forward)
+    def __init__(self, calls: Calls, passes: _Passes, name: str, module: nn.Module, statistic: Fed) -> None:
+        self.calls, self.passes, self.name, self.module, self.statistic = calls, passes, name, module, statistic
 
     @torch.compiler.disable
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        seen["attention_mask"] = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if in_backward() or module is not self.module:
+            return
+        outer = self.calls.innermost
+        reason = self.passes.reason_against(outer)
+        if reason is not None:
+            self.passes.skipped.setdefault(self.name, reason)
+            return
+        inputs = args[0] if args else kwargs["input"]
+        assert isinstance(inputs, Tensor)
+        inputs = inputs.detach()
+        keep = None if outer is None else Call(module, {}, (inputs,), outer).keep()
+        parts = (
+            padding.sequences(inputs, keep) if self.statistic.is_by_sequence else [padding.real_tokens(inputs, keep)]
+        )
+        for input_TI in parts:
+            if len(input_TI):
+                self.statistic.feed(input_TI)
+            else:
+                self.passes.skipped.setdefault(self.name, "it got nothing but padding")

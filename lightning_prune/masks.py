@@ -16,6 +16,7 @@ from lightning_prune import distributed
 
 __all__ = [
     "Cut",
+    "at_cut",
     "check_scores",
     "content_hash",
     "find_cut",
@@ -141,6 +142,11 @@ def _share_ties(
         kept_ties[name] = min(ties, num_ties)
         num_ties -= kept_ties[name]
     return Cut(key=key, num_above=above, num_ties=kept_ties)
+
+
+def at_cut(unit_RC: Tensor, cut: Cut) -> Tensor:
+    """Return which units have the score where a cut was made."""
+    return (_sortable(unit_RC) == cut.key).reshape(unit_RC.shape)
 
 
 def keep_above(unit_RC: Tensor, cut: Cut, name: str, parameter: Tensor, *, whole: bool) -> Tensor:

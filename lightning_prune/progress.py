@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_prune import saved_state
+from lightning_prune.chosen_masks import Behind, Choice
 from lightning_prune.closing_notes import Ending
 from lightning_prune.guard import GuardMemory, MetricGuard
 from lightning_prune.held_masks import HeldMasks
@@ -27,6 +28,7 @@ class Progress:
         notes: what was said while it went on.
         closing: what was said when it ended; not saved, since a resume goes on.
         memory: of the guard.
+        behind: targets whose masks could not be chosen when they were due.
     """
 
     step: int = 0
@@ -37,6 +39,25 @@ class Progress:
     notes: list[str] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
     memory: GuardMemory = field(default_factory=GuardMemory)
+    behind: Behind = field(default_factory=Behind)
+
+    def take(
+        self, choice: Choice, held: HeldMasks, observation: Observation, sparsity: float, *, is_again: bool
+    ) -> list[str]:
+        """Put a choice of masks in force; return what is to be said of it.
+
+        Raises:
+            ValueError: if nothing was observed of any target.
+        """
+        if len(choice.missed) == len(observation.bindings):
+            raise ValueError(observation.nothing_of(choice.missed, in_training=True))
+        for binding, mask in choice.masks:
+            held.set(binding, mask)
+        if choice.masks:
+            self.memory.is_late, self.sparsity = False, sparsity
+        notes = self.behind.take(choice, observation, self.step, is_again=is_again)
+        observation.restart_inputs([binding for binding, _ in choice.masks])
+        return notes
 
     def ending(
         self,
@@ -90,6 +111,7 @@ def save_progress(
         "masks": saved_state.pack_masks(held.masks, held.bindings),
         "statistics": saved_state.gather_statistics(statistics, held.bindings),
         "guard": saved_state.pack_guard(progress.memory, held.bindings),
+        "behind": progress.behind.as_dict(),
         "history": [dict(entry) for entry in progress.history],
         "notes": list(progress.notes),
         "num_updates": progress.num_updates,
@@ -112,4 +134,5 @@ def restore_progress(state: Mapping[str, Any], held: HeldMasks, observation: Obs
         history=[dict(entry) for entry in state["history"]],
         notes=list(state["notes"]),
         memory=saved_state.unpack_guard(state["guard"], held.bindings),
+        behind=Behind(**state.get("behind", {})),
     )

@@ -208,7 +208,9 @@ def gather_statistics(statistics: Statistics, bindings: Sequence[Binding]) -> di
     saved: dict[str, dict[str, dict[str, Tensor]]] = {}
     for binding in bindings:
         for name, statistic in statistics.get(binding.name, {}).items():
-            states = {}
+            if not statistic.update_called:
+                continue
+            states = {"is_old": torch.tensor(True)} if statistic.is_old else {}
             for key in statistic._defaults:
                 value = getattr(statistic, key)
                 if statistic.source == "input":
@@ -224,7 +226,9 @@ def restore_statistics(saved: Mapping[str, Any], statistics: Statistics, binding
     """Undo `gather_statistics`: sums go to the first rank, rows to the process that holds them."""
     for binding in bindings:
         for name, statistic in statistics.get(binding.name, {}).items():
-            for key, value in saved.get(binding.name, {}).get(name, {}).items():
+            states = dict(saved.get(binding.name, {}).get(name, {}))
+            statistic.is_old = bool(states.pop("is_old", False))
+            for key, value in states.items():
                 if statistic.source == "input" and not distributed.is_first_rank():
                     value = torch.zeros_like(value)
                 elif statistic.source == "step" and value.ndim:

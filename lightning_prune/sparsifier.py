@@ -6,7 +6,6 @@ are fed, masks change when the schedule says so, and the masks are applied.
 """
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed, guarding, promised_zeros, saved_state
 from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.chosen_masks import choose
 from lightning_prune.closing_notes import breaches, remarks
 from lightning_prune.decision import Decision, check_combination
 from lightning_prune.fitting import fit_targets
@@ -211,11 +211,9 @@ class Sparsifier:
     @property
     def is_finished(self) -> bool:
         """Return whether masks cannot change any more."""
-        return (
-            self._progress.is_once
-            or isinstance(self.schedule, Existing)
-            or (self.step >= self._plan[1] and not self.guard)
-        )
+        if self._progress.is_once or isinstance(self.schedule, Existing):
+            return True
+        return self.step >= self._plan[1] and not self.guard and not self._progress.behind.names
 
     def _update_if_due(self) -> None:
         """Change the masks if the schedule says so."""
@@ -223,26 +221,30 @@ class Sparsifier:
             return
         is_due = self.schedule.is_due(self.step, self._total_steps) or self._progress.memory.is_late
         sparsity = self.schedule.sparsity_at(self.step, self._total_steps)
-        if not is_due or sparsity == 0 or (sparsity <= self._progress.sparsity and not self.scorer.dense_grad):
-            return
-        assert self._observation is not None
-        decision = self._decision(self._held.bindings, self._observation)
-        changes = list(decision.decide(decision.budgets(sparsity)))  # all or none: scores may turn out to be NaN
-        for binding, mask in changes:
-            self._held.set(binding, mask)
-        self._progress.memory.is_late, self._progress.sparsity = False, sparsity
-        self._observation.restart_inputs()
-        self._finish_update()
-        if self.is_finished:
-            self._observation.stop()
+        if is_due and sparsity > 0 and (sparsity > self._progress.sparsity or self.scorer.dense_grad):
+            self._change(self._held.bindings, sparsity, is_again=False)
+        elif self._progress.behind.is_due(self.step):
+            self._change(self._progress.behind.among(self._held.bindings), sparsity, is_again=True)
 
-    def _decision(self, bindings: Sequence[Binding], observation: Observation) -> Decision:
+    def _change(self, bindings: Sequence[Binding], sparsity: float, *, is_again: bool) -> None:
+        """Change the masks of some targets, so far as there is anything to choose them by."""
+        assert self._observation is not None
+        choice = choose(self._decision(bindings, self._observation, self._held), self._observation, sparsity)
+        notes = self._progress.take(choice, self._held, self._observation, sparsity, is_again=is_again)
+        if choice.masks:
+            self._finish_update()
+        for note in notes:
+            self.note(note)
+        if self.is_finished:
+            self._observation.end()
+
+    def _decision(self, bindings: Sequence[Binding], observation: Observation, held: HeldMasks) -> Decision:
         return Decision(
             bindings=bindings,
             scorer=self.scorer,
             granularity=self.granularity,
             allocation=self.allocation,
-            held=self.masks,
+            held=held.masks,
             read=observation.read,
             step=self.step,
             seed=self.seed,
@@ -296,18 +298,19 @@ class Sparsifier:
         if self.is_attached:
             raise ValueError("prune_once needs a model that is not in training; call detach first")
         distributed.check_supported(model)
-        self._held = HeldMasks()
-        selection = self._select(model)
-        self._held.take(model, list(selection.targets))
-        observation = Observation(self.scorer, self._held.bindings)
+        selection, held, notes = self._select(model), HeldMasks(), []
+        held.take(model, list(selection.targets))
+        observation, sparsity = Observation(self.scorer, held.bindings), self.schedule.sparsity
         announce(start_line(model, selection, self.schedule))
         if isinstance(self.schedule, Existing):
-            self._held.take_existing(allow_none=self.schedule.allow_dense)
+            held.take_existing(allow_none=self.schedule.allow_dense)
         else:
-            decide = functools.partial(self._decision, observation=observation)
-            sparsity = self.schedule.sparsity
-            OneShot(model, observation, decide, self._held.set, sparsity=sparsity, progress=progress).run(list(batches))
-        self._progress.sparsity, self._progress.is_once = self.schedule.sparsity, True
+            job = OneShot(model, observation, self._decision, held, sparsity=sparsity, progress=progress)
+            notes = job.run(list(batches))
+        self._held = held
+        self._progress = Progress(sparsity=sparsity, is_once=True, num_updates=self.num_updates)
+        for note in notes:
+            self.note(note)
         self._model = model
         self._finish_update()
         self._model = None

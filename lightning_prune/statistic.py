@@ -5,6 +5,7 @@ It stands apart from the other contracts in `types.py` because torchmetrics take
 
 from typing import ClassVar, Literal
 
+from torch import Tensor
 from torchmetrics import Metric
 
 __all__ = ["Statistic"]
@@ -23,3 +24,15 @@ class Statistic(Metric):
     source: ClassVar[Literal["input", "step"]]
     is_by_sequence: ClassVar[bool] = False
     full_state_update = False
+    is_old: bool = False
+
+    def restart(self) -> None:
+        """Start anew with the next `feed`; what was seen until now holds until then."""
+        self.is_old = self.update_called
+
+    def feed(self, *values: Tensor) -> None:
+        """Take in what `source` says."""
+        if self.is_old:
+            self.reset()
+            self.is_old = False
+        self.update(*values)

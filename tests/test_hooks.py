@@ -122,19 +122,30 @@ def test_gradient_checkpointing_of_a_model_is_not_counted_twice(use_reentrant: b
     assert counts(statistics) == {12}
 
 
-def test_only_training_passes_count_in_training() -> None:
-    model = tiny_llama()
+def test_passes_count_in_training_where_gradients_are_taken_whatever_the_mode() -> None:
+    model = tiny_llama().eval()
     statistics, handles = observed(model, only_training=True)
     ids = token_windows(1, 5)
     with torch.no_grad():
-        model.eval()(ids)
-        assert counts(statistics) == {0}
-        model.train()(ids)
-        assert counts(statistics) == {5}
-        for handle in handles:
-            handle.remove()
         model(ids)
+        model.train()(ids)
+    assert counts(statistics) == {0}
+    model.eval()(ids)
     assert counts(statistics) == {5}
+    for handle in handles:
+        handle.remove()
+    model(ids)
+    assert counts(statistics) == {5}
+
+
+def test_evaluation_beside_training_does_not_count() -> None:
+    model = tiny_llama().train()
+    statistics, _ = observed(model, only_training=True)
+    ids = token_windows(1, 5)
+    model(ids)
+    model.eval()(ids)
+    model.train()(ids)
+    assert counts(statistics) == {10}
 
 
 def test_a_copy_of_the_model_does_not_feed_the_statistics() -> None:

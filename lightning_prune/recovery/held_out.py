@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed
 from lightning_prune.calibration import evaluating, to_device
-from lightning_prune.oneshot import token_labels
+from lightning_prune.loss_gradients import token_labels
 
 __all__ = ["IGNORED", "measure_loss", "num_predicted"]
 

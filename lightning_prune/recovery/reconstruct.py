@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed, hooks
 from lightning_prune.calibration import Batch, evaluating, forward_all, walk_blocks
-from lightning_prune.oneshot import CurrentBatch
+from lightning_prune.calls import Calls
 from lightning_prune.recovery.reading_order import Stage, reading_order
 from lightning_prune.recovery.reconstruct_options import Reconstruct
 from lightning_prune.recovery.refit import DenseLayer, TargetError, bias_of, num_kept, refit_
@@ -133,19 +133,19 @@ class _Pass:
 
     def _refit_blocks(self, *, progress: bool) -> set[str]:
         """Refit the targets of every block; return which these are."""
-        current, twins = CurrentBatch(), self.twins
+        calls, twins = Calls(self.model), self.twins
         blocks = [(block, self._paths(block)) for block in find_blocks(self.model)]
         paths_of = {id(block): paths for block, paths in blocks if paths}
 
         def visit(block: nn.Module, run: Callable[[], None]) -> None:
             if twins is not None:
                 twins.hold(list(self._swaps(block)))
-            self._refit_all(block, paths_of[id(block)], current, run, twins)
+            self._refit_all(block, paths_of[id(block)], calls, run, twins)
 
         def announce(batch: Mapping[str, object]) -> None:
             if twins is not None:
                 twins.announce(batch)
-            current(attention_mask=batch.get("attention_mask"))
+            calls.switch(batch)
 
         try:
             walk_blocks(
@@ -159,6 +159,7 @@ class _Pass:
                 announce=announce,
             )
         finally:
+            calls.remove()
             if twins is not None:
                 twins.use_dense(False)
         return {binding.name for paths in paths_of.values() for binding in paths.values()}
@@ -235,7 +236,7 @@ class _Pass:
         self,
         block: nn.Module,
         paths: Mapping[str, Binding],
-        called: nn.Module,
+        called: nn.Module | Calls,
         run: Callable[[], None],
         twins: Twins | None,
     ) -> None:
@@ -252,7 +253,11 @@ class _Pass:
                     self.errors.append(self._refit(binding, readings))
 
     def _observe(
-        self, groups: Sequence[Sequence[Binding]], called: nn.Module, run: Callable[[], None], twins: Twins | None
+        self,
+        groups: Sequence[Sequence[Binding]],
+        called: nn.Module | Calls,
+        run: Callable[[], None],
+        twins: Twins | None,
     ) -> list[Readings]:
         """Return what was read of the input of every group, checked for enough tokens."""
         feeds = [(g[0], PairedGram(g[0].parameter.detach(), g[0].shape_OI[1], twins)) for g in groups]

@@ -14,13 +14,16 @@ __all__ = ["WeightGrad"]
 
 
 class WeightGrad(Statistic):
-    """Average |weight * gradient| over optimizer steps; the weight is the one after the step."""
+    """Average |weight * gradient| over optimizer steps; the weight is the one after the step.
+
+    With `beta` None all steps count alike, in whatever order they came.
+    """
 
     source = "step"
     average: Tensor
     num_steps: Tensor
 
-    def __init__(self, weight: Tensor, num_inputs: int, beta: float) -> None:
+    def __init__(self, weight: Tensor, num_inputs: int, beta: float | None) -> None:
         super().__init__(sync_on_compute=False)
         self.beta = beta
         zero = torch.zeros((), dtype=torch.float32)
@@ -31,9 +34,14 @@ class WeightGrad(Statistic):
 
     def update(self, weight: Tensor, grad: Tensor) -> None:
         """Take in one optimizer step."""
-        self.average.lerp_((weight.float() * grad.float()).abs(), 1 - self.beta)
+        value = (weight.float() * grad.float()).abs()
+        if self.beta is None:
+            self.average += value
+        else:
+            self.average.lerp_(value, 1 - self.beta)
         self.num_steps += 1
 
     def compute(self) -> Tensor:
         """Return the average, corrected for its start at zero, shaped like the weight."""
-        return self.average / (1 - self.beta ** int(self.num_steps))
+        total = self.num_steps if self.beta is None else 1 - self.beta ** int(self.num_steps)
+        return self.average / total

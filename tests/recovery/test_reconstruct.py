@@ -34,7 +34,7 @@ def refit(model: nn.Module, dense: Any, masks: Any, batches: Any, **options: Any
 
 
 def token_batches(name: str = "llama") -> list[dict[str, Tensor]]:
-    rows = token_windows(24, 12).split(8)
+    rows = token_windows(24, 12).clamp(min=1).split(8)  # 0 is padding
     if name == "t5":
         return [{"input_ids": ids, "decoder_input_ids": ids.flip(1)} for ids in rows]
     return [{"input_ids": ids} for ids in rows]

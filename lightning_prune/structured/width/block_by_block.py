@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import distributed, hooks, registry
-from lightning_prune.calibration import Batch, evaluating, forward_all, to_device, walk_blocks
-from lightning_prune.observation import Observation
-from lightning_prune.oneshot import CurrentBatch, gradients, token_labels
+from lightning_prune.calibration import Batch, evaluating, forward_all, walk_blocks
+from lightning_prune.calls import Calls
+from lightning_prune.loss_gradients import observe_gradients
 from lightning_prune.solvers.greedy_output import GreedyOutput, greedy_units, output_energy
 from lightning_prune.structured.discovery.expert_mask import routed_around
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan
@@ -186,7 +186,7 @@ class _Width:
         return needs
 
     def _observe(
-        self, groups: Sequence[Group], called: nn.Module, run: Callable[[], None], *, repair: bool = True
+        self, groups: Sequence[Group], called: nn.Module | Calls, run: Callable[[], None], *, repair: bool = True
     ) -> dict[str, dict[str, Tensor]]:
         """Run the model, or a part of it, and return what was seen: member -> statistic -> value."""
         made: dict[str, dict[str, Any]] = {}
@@ -245,22 +245,12 @@ class _Width:
         return weight_OI[:, columns], gram_JJ[columns][:, columns], member.runs[0][1]
 
     def _scores_from_gradients(self) -> dict[str, Tensor]:
-        """Return score_U of all groups from the gradients of every batch's loss."""
+        """Return score_U of all groups from the gradients of every sequence's loss."""
         scorer = self.options.scorer
         assert isinstance(scorer, Scorer)
         names = {member.name for group in self.groups for member in self.options.scored(group)}
         bindings = [self.bindings[name] for name in sorted(names)]
-        observation = Observation(scorer, bindings)
-        with gradients(self.model, bindings):
-            for batch in self.batches:
-                inputs = to_device(batch, self.device)
-                loss = getattr(self.model(**(token_labels(inputs) | inputs)), "loss", None)
-                if loss is None:
-                    raise ValueError(f"{type(scorer).__name__} needs a loss; add labels to the batches")
-                loss.backward()
-                observation.feed_step(bindings)
-                for binding in bindings:
-                    binding.parameter.grad = None
+        observation, _ = observe_gradients(self.model, scorer, bindings, self.batches, progress=self.progress)
         readings = {binding.name: observation.read(binding, whole=True) for binding in bindings}
         return {group.key: self._unit_scores(group, readings) for group in self.groups}
 
@@ -300,24 +290,24 @@ class _Width:
         """Visit the blocks in order; return what stays of each group."""
         kept: list[tuple[str, tuple[int, ...]]] = []
         groups_of = self._groups_of_blocks()
-        current = CurrentBatch()
 
         def visit(block: nn.Module, run: Callable[[], None]) -> None:
             self.around.close()
             for group in groups_of[id(block)]:
-                readings = self._observe([group], current, run)
+                readings = self._observe([group], calls, run)
                 kept.append((group.key, self._cut(group, readings)))
 
-        walk_blocks(
-            self.model,
-            self.batches,
-            [block for block in find_blocks(self.model) if id(block) in groups_of],
-            visit,
-            device=self.device,
-            stop_after_blocks=True,
-            progress=self.progress,
-            announce=lambda batch: current(attention_mask=batch.get("attention_mask")),
-        )
+        with Calls(self.model) as calls:
+            walk_blocks(
+                self.model,
+                self.batches,
+                [block for block in find_blocks(self.model) if id(block) in groups_of],
+                visit,
+                device=self.device,
+                stop_after_blocks=True,
+                progress=self.progress,
+                announce=calls.switch,
+            )
         missed = {group.key for group in self.groups} - {key for key, _ in kept}
         if missed:
             raise ValueError(

@@ -10,13 +10,13 @@ Limits: routers that choose by `topk`.
 Shapes: E experts, T tokens, K chosen ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune import distributed
+from lightning_prune.calls import Calls
 from lightning_prune.structured.discovery.routing import Pick, watching_picks
 from lightning_prune.structured.groups import Group
 
@@ -24,53 +24,65 @@ __all__ = ["expert_usage"]
 
 
 def expert_usage(
-    model: nn.Module, called: nn.Module, groups: Sequence[Group], run: Callable[[], None]
+    model: nn.Module, called: nn.Module | Calls, groups: Sequence[Group], run: Callable[[], None]
 ) -> dict[str, Tensor]:
     """Return `Group.key` -> count_E, float64: how many tokens each expert was chosen for while something ran.
 
     Args:
         model: holds the experts.
-        called: what is called with the `attention_mask` of every batch.
+        called: what is called; or its calls, where they are followed already.
         groups: of whole experts.
         run: runs batches through the model, or a part of it.
 
     Raises:
         ValueError: if a router was not seen to choose among its experts.
     """
-    counts = {group.key: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
-    masks: dict[str, Tensor | None] = {"attention_mask": None}
-
-    def next_batch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        collect()
-        masks["attention_mask"] = kwargs.get("attention_mask")
-
-    def collect() -> None:
-        for group in groups:
-            for pick in picks[group.key]:
-                if pick.shape[-1] == group.num_units:
-                    counts[group.key] += _counted(pick, masks["attention_mask"]).cpu()
-            picks[group.key].clear()
-
+    calls = called if isinstance(called, Calls) else Calls(called)
+    handles = [] if calls is called else list(calls.handles)
     with watching_picks(model, groups) as picks:
-        handle = called.register_forward_pre_hook(next_batch, with_kwargs=True)
+        counting = [_Counting(group, calls, picks[group.key]) for group in groups]
+        for each in counting:
+            module = model.get_submodule(each.group.name)
+            handles += [module.register_forward_pre_hook(each.enter), module.register_forward_hook(each.leave)]
         try:
             run()
-            collect()
         finally:
-            handle.remove()
-    for group in groups:
-        counts[group.key] = distributed.sum_everywhere(counts[group.key])
-        if not counts[group.key].any():
+            for handle in handles:
+                handle.remove()
+    for each in counting:
+        each.count_E = distributed.sum_everywhere(each.count_E)
+        if not each.count_E.any():
             raise ValueError(
-                f"no token was seen to be sent to an expert of {group.key}: no batch reached its router, or it does "
-                "not choose by topk; give batches that do, or use Magnitude, Random or Taylor"
+                f"no token was seen to be sent to an expert of {each.group.key}: no batch reached its router, or it "
+                "does not choose by topk; give batches that do, or use Magnitude, Random or Taylor"
             )
-    return counts
+    return {each.group.key: each.count_E for each in counting}
 
 
-def _counted(pick: Pick, attention_mask: Tensor | None) -> Tensor:
+class _Counting:
+    """Counts what the router of one group chooses, call by call."""
+
+    def __init__(self, group: Group, calls: Calls, picks: list[Pick]) -> None:
+        self.group, self.calls, self.picks = group, calls, picks
+        self.count_E = torch.zeros(group.num_units, dtype=torch.float64)
+        self.keep: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: object) -> None:
+        """Note which tokens of the call that begins are real."""
+        call = self.calls.innermost
+        self.keep = None if call is None else call.keep()
+
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
+        """Count what was chosen in the call that ends."""
+        for pick in self.picks:
+            if pick.shape[-1] == self.group.num_units:
+                self.count_E += _counted(pick, self.keep).cpu()
+        self.picks.clear()
+
+
+def _counted(pick: Pick, keep: Tensor | None) -> Tensor:
     """Return count_E of one choice, without padding."""
     indices_TK = pick.indices.reshape(-1, pick.number)
-    if isinstance(attention_mask, Tensor) and attention_mask.numel() == len(indices_TK):
-        indices_TK = indices_TK[attention_mask.reshape(-1).bool().to(indices_TK.device)]
+    if keep is not None and keep.numel() == len(indices_TK):
+        indices_TK = indices_TK[keep.reshape(-1).to(indices_TK.device)]
     return torch.bincount(indices_TK.flatten(), minlength=pick.shape[-1]).double()

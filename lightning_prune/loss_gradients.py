@@ -1,0 +1,154 @@
+"""Gradients of the loss over calibration batches, sequence by sequence, so that batch sizes do not matter.
+
+The mean of |weight * gradient| over batches depends on how many sequences a batch holds, because gradients of sequences
+cancel inside a batch. Here every sequence has a backward pass of its own, weighted by the number of its labels that
+count. Batches whose entries have different numbers of rows (images beside tokens), and losses that are no mean over
+sequences (contrastive ones), are taken whole.
+
+Cost: one forward and backward pass per sequence, and one forward pass of a batch to check.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_prune import distributed
+from lightning_prune.calibration import Batch, evaluating, to_device
+from lightning_prune.observation import Observation
+from lightning_prune.targets import Binding
+from lightning_prune.types import Scorer
+
+__all__ = ["gradients", "observe_gradients", "token_labels"]
+
+_TAKEN_WHOLE = "batches with entries of different numbers of rows were taken whole: their size matters to the scores"
+_NO_MEAN = "the loss is no mean over sequences, so batches were taken whole: their size matters to the scores"
+_Inputs = Mapping[str, object]
+_TOLERANCE = 0.1  # relative difference of a batch's loss from the mean over its sequences; labels may be shifted by one
+
+
+def token_labels(inputs: _Inputs) -> dict[str, Tensor]:
+    """Return the input tokens as labels, padding left out; nothing if the model does not read tokens."""
+    ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor):
+        return {}
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape:
+        return {"labels": ids.masked_fill(attention_mask == 0, -100)}
+    return {"labels": ids}
+
+
+@contextmanager
+def gradients(model: nn.Module, bindings: Sequence[Binding]) -> Iterator[None]:
+    """Collect gradients of the targets alone; modes, gradients and flags are put back afterwards."""
+    targets = {id(binding.parameter) for binding in bindings}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    with evaluating(model), torch.enable_grad():
+        try:
+            for parameter, _, _ in before:
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in targets)
+            yield
+        finally:
+            for parameter, requires_grad, grad in before:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+
+def observe_gradients(
+    model: nn.Module, scorer: Scorer, bindings: Sequence[Binding], batches: Sequence[Batch], *, progress: bool
+) -> tuple[Observation, list[str]]:
+    """Return what a scorer needs of the gradients of the loss, and sentences on what one should know of it.
+
+    Args:
+        model: called with the entries of a batch as keyword arguments; modes, gradients and flags are put back.
+        scorer: one that needs gradients.
+        bindings: the targets.
+        batches: with `labels`; input tokens are used if there are none.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if the model returns no loss.
+    """
+    device = distributed.local(bindings[0].parameter.detach()).device
+    whole = [_labelled(batch) for batch in batches]
+    split = [_rows(batch) for batch in whole]
+    observation = Observation(scorer, bindings, weigh_alike=True)
+    notes = (
+        [_TAKEN_WHOLE] if any(len(rows) < _num_rows(batch) for rows, batch in zip(split, whole, strict=True)) else []
+    )
+    with gradients(model, bindings):
+        if not _is_mean_over_rows(model, scorer, whole, split, device):
+            split, notes = [[batch] for batch in whole], [_NO_MEAN]
+        units = [(unit, _num_counted(unit)) for rows in split for unit in rows]
+        mean = sum(count for _, count in units) / max(1, sum(count > 0 for _, count in units))
+        for unit, count in tqdm(units, desc="calibrating", disable=not progress):
+            if count:
+                (_loss(model, scorer, unit, device) * (count / mean)).backward()
+                observation.feed_step(bindings)
+                for binding in bindings:
+                    binding.parameter.grad = None
+    return observation, notes
+
+
+def _labelled(batch: Batch) -> dict[str, object]:
+    inputs: dict[str, object] = dict(batch)
+    return inputs if "labels" in inputs else inputs | token_labels(inputs)
+
+
+def _num_rows(inputs: _Inputs) -> int:
+    tensors = (value for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    first = next((value for name in ("labels", "input_ids") if isinstance(value := inputs.get(name), Tensor)), None)
+    leading = next(tensors, None) if first is None or not first.ndim else first
+    return 1 if leading is None else len(leading)
+
+
+def _rows(inputs: _Inputs) -> list[dict[str, object]]:
+    """Return a batch as batches of one row each, or whole if its entries do not all have one row per sequence."""
+    number, ids = _num_rows(inputs), inputs.get("input_ids")
+    for value in inputs.values():
+        if isinstance(value, list | tuple) and len(value) == number:
+            return [dict(inputs)]
+        if not isinstance(value, Tensor) or not value.ndim:
+            continue
+        has_rows_later = isinstance(ids, Tensor) and value.ndim == 3 and value.shape[1:] == ids.shape  # 3D positions
+        if len(value) != number or has_rows_later:
+            return [dict(inputs)]
+    return [
+        {
+            name: value[row : row + 1] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in inputs.items()
+        }
+        for row in range(number)
+    ]
+
+
+def _num_counted(inputs: _Inputs) -> int:
+    """Count the labels that count; 1 where labels are no indices."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return 1
+    return int((labels != -100).sum())
+
+
+def _is_mean_over_rows(
+    model: nn.Module, scorer: Scorer, whole: Sequence[_Inputs], split: Sequence[Sequence[_Inputs]], device: torch.device
+) -> bool:
+    """Return whether the loss of a batch is the mean of its rows' losses, weighted by the labels that count."""
+    for batch, rows in zip(whole, split, strict=True):
+        counted = [(row, count) for row in rows if (count := _num_counted(row))]
+        if len(counted) > 1:
+            with torch.no_grad():
+                total = float(_loss(model, scorer, batch, device))
+                parts = sum(float(_loss(model, scorer, row, device)) * count for row, count in counted)
+            mean = parts / sum(count for _, count in counted)
+            return not abs(total - mean) > _TOLERANCE * abs(total)  # what is no number is found when scored
+    return True
+
+
+def _loss(model: nn.Module, scorer: Scorer, inputs: _Inputs, device: torch.device) -> Tensor:
+    loss = getattr(model(**to_device(inputs, device)), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{type(scorer).__name__} needs a loss, but the model returns none; add labels to the batches")
+    return loss.mean()

@@ -1,0 +1,102 @@
+"""Gradients of sequences: what counts, what is put back, and what must be taken whole."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import Targets
+from lightning_prune.loss_gradients import gradients, observe_gradients, token_labels
+from lightning_prune.scorers.taylor import Taylor
+from tests.tiny_models import tiny_llama, token_windows
+
+
+@dataclass
+class Output:
+    """What models with a loss return."""
+
+    loss: Tensor
+
+
+class Regression(nn.Module):
+    """A loss that is a mean over rows, a sum of them, or one of the whole batch."""
+
+    def __init__(self, kind: str = "mean") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False)])
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, images: Any = None) -> Output:
+        errors = self.blocks[0](inputs).square().sum(-1)
+        if self.kind == "mean":
+            return Output(errors.mean())
+        return Output(errors.sum() if self.kind == "sum" else errors.logsumexp(0) * 10)
+
+
+def observed(model: nn.Module, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
+    bindings = Targets().resolve(model)
+    observation, notes = observe_gradients(model, Taylor(), bindings, batches, progress=False)
+    return {b.name: observation.read(b, whole=True)["weight_grad"] for b in bindings}, notes
+
+
+def test_every_row_counts_for_itself() -> None:
+    model, inputs = Regression(), torch.rand(5, 4)
+    found, notes = observed(model, [{"inputs": inputs, "labels": torch.zeros(5)}])
+    weight = model.blocks[0].weight.detach()
+    wanted = torch.stack([(weight * torch.outer(2 * weight @ row, row)).abs() for row in inputs]).mean(0)
+    torch.testing.assert_close(found["blocks.0.weight"], wanted)
+    assert notes == []
+
+
+def test_rows_count_by_their_labels() -> None:
+    ids = token_windows(2, 8)
+    labels = ids.clone()
+    labels[1, 2:] = -100
+    whole, _ = observed(tiny_llama(), [{"input_ids": ids, "labels": labels}])
+    first, _ = observed(tiny_llama(), [{"input_ids": ids[:1], "labels": labels[:1]}])
+    second, _ = observed(tiny_llama(), [{"input_ids": ids[1:], "labels": labels[1:]}])
+    for name, score in whole.items():
+        torch.testing.assert_close(score, (8 * first[name] + 2 * second[name]) / 10, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch"),
+    [("sum", {}), ("whole", {}), ("mean", {"images": torch.rand(7, 3)}), ("mean", {"images": [1] * 4})],
+)
+def test_what_cannot_be_taken_by_rows_is_taken_whole_and_said(kind: str, batch: dict[str, Any]) -> None:
+    inputs = torch.rand(4, 4)
+    found, [note] = observed(Regression(kind), [{"inputs": inputs, "labels": torch.zeros(4)} | batch])
+    assert "taken whole" in note
+    twin = Regression(kind)
+    twin(inputs).loss.backward()
+    weight = twin.blocks[0].weight
+    assert weight.grad is not None
+    torch.testing.assert_close(found["blocks.0.weight"], (weight.detach() * weight.grad).abs())
+
+
+def test_padding_has_no_labels() -> None:
+    ids, attention_mask = torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1, 0]])
+    assert token_labels({"input_ids": ids, "attention_mask": attention_mask})["labels"].tolist() == [[5, 6, -100]]
+    assert token_labels({"input_ids": ids})["labels"].tolist() == [[5, 6, 7]]
+    assert token_labels({"pixels": torch.rand(2)}) == {}
+
+
+def test_gradients_flags_and_modes_are_put_back_after_an_error() -> None:
+    model = tiny_llama().train()
+    bindings = Targets().resolve(model)
+    head = model.get_parameter("model.embed_tokens.weight")
+    head.grad = torch.ones_like(head)
+    model.get_parameter("model.norm.weight").requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match="stop"), gradients(model, bindings):
+        targets = {id(binding.parameter) for binding in bindings}
+        assert all(parameter.requires_grad == (id(parameter) in targets) for parameter in model.parameters())
+        assert head.grad is None
+        assert not model.training
+        raise RuntimeError("stop")
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert head.grad is not None
+    assert model.training
