@@ -24,7 +24,7 @@ MUTATIONS = (
     Mutation(
         "gradients of pruned weights are zeroed before clipping",
         f"{CORE}/hooks.py",
-        "distributed.local(param.grad).mul_(mask.view(torch.uint8))",
+        "distributed.local(parameter.grad).mul_(mask.view(torch.uint8))",
         "pass",
         f"{SPARSIFIER} -k gradients_of_pruned",
     ),
@@ -58,7 +58,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a step the scaler skips does not count",
-        f"{CORE}/hooks.py",
+        f"{CORE}/optimizer_steps.py",
         "return found is not None and bool(found.item())",
         "return False",
         f"{SPARSIFIER} -k scaler_skips",
@@ -67,7 +67,7 @@ MUTATIONS = (
         "the clock counts optimizer steps, not batches",
         f"{ADAPTERS}/lightning_trainer.py",
         "self.run.after_step()\n",
-        "self.run.sparsifier.step += 1\n        self.run.after_step()\n",
+        "self.run.sparsifier._progress.step += 1\n        self.run.after_step()\n",
         f"{LIGHTNING} -k accumulation",
     ),
     Mutation(
@@ -129,7 +129,7 @@ MUTATIONS = (
     Mutation(
         "a resume with another recipe is refused",
         f"{CORE}/sparsifier.py",
-        'saved_state.check_same("recipe", state["settings"], self.settings())',
+        'saved_state.check_recipe(state["settings"], self.settings())',
         "pass",
         "tests/test_resume.py",
     ),
@@ -156,8 +156,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the guard goes back",
-        f"{CORE}/sparsifier.py",
-        "self._held.go_back(good)",
+        f"{CORE}/guarding.py",
+        "held.go_back(good)",
         "pass",
         "tests/test_guarded_training.py",
     ),
@@ -304,7 +304,7 @@ MUTATIONS = (
     Mutation(
         "a full-size module takes a smaller checkpoint",
         f"{ADAPTERS}/lightning_gradual_shrink.py",
-        "pl_module.register_load_state_dict_pre_hook(fit)",
+        "fit_to_shapes(self.model, shapes, self.kind)",
         "pass",
         "tests/integrations/test_gradual_shrink.py -k lightning",
     ),

@@ -1,9 +1,10 @@
 """Prune inside a Lightning `Trainer`: `Trainer(callbacks=[PruningCallback("train/gradual_magnitude")])`."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,9 +14,21 @@ from lightning_prune.integrations.pruning_run import PruningRun
 from lightning_prune.recipe import Recipe
 
 try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning_prune.integrations.lightning_averages import averages
+    from lightning_prune.integrations.lightning_checkpoint import (
+        check_state,
+        loader_warning,
+        notes_on_best,
+        warn_of_monitors,
+    )
+    from lightning_prune.integrations.lightning_package import base_class
 except ImportError as error:
     raise ImportError('PruningCallback needs lightning: pip install "lightning_prune[lightning]"') from error
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    Callback, LightningModule, Trainer = base_class("Callback"), Any, Any
 
 __all__ = ["PruningCallback", "total_steps"]
 
@@ -23,87 +36,193 @@ __all__ = ["PruningCallback", "total_steps"]
 class PruningCallback(Callback):
     """Holds masks while a LightningModule trains, logs under `prune/`, and survives a resume.
 
+    It runs after all other callbacks except checkpoints, so that it sees what they leave of the model.
+
     Args:
         recipe: a packaged name such as `train/gradual_magnitude`, a path to a YAML file, or a `Recipe`.
+        total_steps: steps of the optimizer that holds the targets, where the trainer cannot know them: in manual
+            optimization with several optimizers, or without a length. By default the trainer's own number.
 
     Raises:
         ValueError: if the recipe cannot be used.
     """
 
-    def __init__(self, recipe: str | Path | Recipe) -> None:
+    def __init__(self, recipe: str | Path | Recipe, *, total_steps: int | None = None) -> None:
         self.run = PruningRun(recipe)
+        self.total_steps = total_steps
+        self._is_begun = False  # whether there is something to save of this training
+        self._module: Callable[[], LightningModule | None] = lambda: None
+        self._sparsity: Any = 0.0
+        self._renewed_at: dict[str, Any] = {}
+        self._num_masked = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Change what is trained, before the optimizers are made."""
-        if stage == "fit" and self.run.recovery is not None:
+        """Change what is trained, before the optimizers are made.
+
+        Raises:
+            ValueError: if there are two pruning callbacks.
+        """
+        if stage != "fit":
+            return
+        self._is_begun = False
+        others = [callback for callback in _callbacks(trainer) if callback is not self]
+        if any(isinstance(callback, PruningCallback) for callback in others):
+            raise ValueError("a Trainer holds one PruningCallback; put the targets of both into one recipe")
+        checkpoints = [callback for callback in others if callback in trainer.checkpoint_callbacks]
+        rest = [callback for callback in others if callback not in checkpoints]
+        trainer.callbacks = [*rest, self, *checkpoints]  # type: ignore[attr-defined]
+        if self.run.recovery is not None:
             self.run.prepare(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the recipe's learning rate in the place of the module's, before a checkpoint is restored."""
         options = None if self.run.recovery is None else self.run.recovery.options.learning_rate
         if options is not None:
-            take_over_lightning(trainer, options, total_steps=total_steps(trainer))
+            take_over_lightning(trainer, options, total_steps=total_steps(trainer, self.total_steps))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: after sharding and after a restore, on every strategy."""
+        if trainer.global_step > 0 and not self.run.sparsifier.is_restoring:
+            self._go_on(trainer, pl_module)
+        is_resumed = self.run.sparsifier.is_restoring
         self.run.start(
             pl_module,
             trainer.optimizers,
-            total_steps=total_steps(trainer),
+            total_steps=total_steps(trainer, self.total_steps),
             tokenizer=_tokenizer(trainer, pl_module),
             log=lambda metrics: _log(trainer, metrics),
             eval_batches=_eval_batches(trainer, pl_module),
         )
+        self._is_begun, self._module = True, weakref.ref(pl_module)
+        self._renewed_at, self._num_masked = dict(trainer.callback_metrics), -1
+        self._sparsity = self.run.sparsifier.sparsity()
+        self._mask_averages(trainer)
+        warning = loader_warning(trainer) if is_resumed else None
+        if warning is not None:
+            self.run.sparsifier.note(warning)
+        warn_of_monitors(trainer, self.run.sparsifier)
         for config in trainer.lr_scheduler_configs:
             check_place(config.scheduler, trainer.global_step)
+
+    def _go_on(self, trainer: Trainer, module: LightningModule) -> None:
+        """Go on where this callback left the same module, in a Trainer that fits it once more.
+
+        Raises:
+            ValueError: if the training is a resume from a checkpoint without pruning state.
+        """
+        if trainer.ckpt_path is not None:
+            raise ValueError(
+                f"training resumes at step {trainer.global_step} from {trainer.ckpt_path}, which holds no state of a "
+                "PruningCallback: it was saved without this callback, or as weights alone. To prune from its weights "
+                "on, load them into the module and fit without ckpt_path; to resume a pruning, use a checkpoint that "
+                "holds its state"
+            )
+        if self._module() is module and not self.run.sparsifier.is_final:
+            self.run.load_state_dict(self.run.state_dict())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what changed, and now and then the loss."""
+        """Log what changed, and now and then the loss; a batch may have none."""
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if is_logged and isinstance(outputs, dict):
-            self.run.observe({"loss": outputs["loss"]})
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if is_logged and loss is not None:
+            self.run.observe({"loss": loss})
         self.run.after_step()
-        sparsity = self.run.sparsifier.report().sparsity
-        self.log("prune/sparsity", sparsity, prog_bar=True, logger=False)  # type: ignore[attr-defined]
+        has_changed = self._mask_averages(trainer)
+        if has_changed or is_logged or trainer.is_last_batch:
+            self._sparsity = self.run.sparsifier.sparsity()
+        values = {"prune/sparsity": self._sparsity, "prune/is_final": float(self.run.sparsifier.is_final)}
+        self.log("prune/sparsity", values.pop("prune/sparsity"), prog_bar=True, logger=False)  # type: ignore[attr-defined]
+        self.log_dict(values, logger=False)  # type: ignore[attr-defined]
+
+    def _mask_averages(self, trainer: Trainer) -> bool:
+        """Mask the averages of the weights if masks have changed; return whether they have."""
+        has_changed = self.run.sparsifier.num_updates != self._num_masked
+        self._num_masked = self.run.sparsifier.num_updates
+        for average in averages(trainer) if has_changed else ():
+            self.run.sparsifier.apply_to(average)
+        return has_changed
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pass logged training metrics on."""
-        self.run.observe(dict(trainer.callback_metrics))
+        self._observe_renewed(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pass validation metrics on, to the guard and the report."""
         if not trainer.sanity_checking and self.run.sparsifier.is_attached:
-            self.run.observe(dict(trainer.callback_metrics))
+            self._observe_renewed(trainer)
+
+    def _observe_renewed(self, trainer: Trainer) -> None:
+        """Pass on the metrics that were computed since the last time; the trainer keeps the others as they were."""
+        now, before = dict(trainer.callback_metrics), self._renewed_at
+        self.run.observe({name: value for name, value in now.items() if value is not before.get(name)})
+        self._renewed_at = now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach, evaluate, report and export."""
+        if not self.run.sparsifier.is_attached:
+            return
+        for note in notes_on_best(trainer, self.run.sparsifier):
+            self.run.sparsifier.note(note, is_closing=True)
         self.run.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach; teardown is not called after an exception."""
         self.run.abort()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach from a training that ended without its end being seen."""
+        if stage == "fit" and self.run.sparsifier.is_attached:
+            self.run.abort()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, statistics and schedule; every rank calls it."""
-        return self.run.state_dict()
+        """Return masks, statistics and schedule; every rank calls it. Nothing, before a training has begun."""
+        return self.run.state_dict() if self._is_begun or self.run.sparsifier.is_restoring else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold a saved state until training starts."""
-        self.run.load_state_dict(state_dict)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write into the state to which step it belongs."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state:
+            state["global_step"] = checkpoint["global_step"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Hold a saved state until training starts; testing with a checkpoint changes nothing here.
+
+        Raises:
+            ValueError: if the state is damaged or belongs to another step or recipe.
+        """
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state and trainer.state.fn == "fit":
+            check_state(state, checkpoint)
+            self.run.load_state_dict(state)
 
 
-def total_steps(trainer: Trainer) -> int:
+def total_steps(trainer: Trainer, given: int | None = None) -> int:
     """Return the optimizer steps of the whole training.
 
     Raises:
         ValueError: if the trainer does not know them.
     """
+    if given is not None:
+        return given
+    optimizers, is_manual = trainer.optimizers, not trainer.lightning_module.automatic_optimization
+    if is_manual and len(optimizers) > 1 and trainer.max_steps != -1:
+        raise ValueError(
+            f"max_steps counts the steps of all {len(optimizers)} optimizers together, the schedule those of the one "
+            "that holds the targets; give its number: PruningCallback(recipe, total_steps=...)"
+        )
     steps = trainer.estimated_stepping_batches
-    if isinstance(steps, float) and not steps.is_integer():
-        raise ValueError("the length of this training is not known; set max_steps on the Trainer")
+    if steps < 0 or (isinstance(steps, float) and not steps.is_integer()):
+        raise ValueError(
+            "the length of this training is not known; set max_steps on the Trainer, or give total_steps to the "
+            "PruningCallback"
+        )
     return int(steps)
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:

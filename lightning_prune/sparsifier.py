@@ -386,8 +386,11 @@ class Sparsifier:
         saved_state.check_same("model", state["shapes"], self._held.shapes())
         if not state["is_once"]:
             saved_state.check_plan(state["plan"], self._plan)
-        self._progress = restore_progress(state, self._held, observation)
-        saved_state.check_zeros(self._held.differences())
+        progress, differences = restore_progress(state, self._held, observation), self._held.differences()
+        if differences:
+            self._held.masks.clear()
+        saved_state.check_zeros(differences)
+        self._progress = progress
 
     def report(self) -> Report:
         """Return what was pruned, as of the last change of masks.

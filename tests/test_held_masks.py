@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune import Once, Sparsifier
+from lightning_prune import Once, Sparsifier, Targets
 from lightning_prune.scorers.gradient import Gradient
 from tests.loops import NUM_STEPS, adamw, assert_same_masks, assert_same_weights, batches, sparsifier, train
 from tests.test_optimizer_steps import Lookahead, Rescaled, SharpnessAware
 from tests.tiny_models import tiny_llama
 
 PRUNED = Once(sparsity=0.5)
+ALL = Targets(include=("*_proj.weight",))
 
 
 def attached(model: nn.Module, *optimizers: Any, schedule: Any = PRUNED, **parts: Any) -> Sparsifier:
@@ -54,7 +55,7 @@ def test_a_part_unfrozen_later_keeps_its_zeros_and_clips_without_them(is_new_opt
     model = tiny_llama()
     model.model.layers[1].requires_grad_(False)
     optimizer = adamw(model)
-    conductor = attached(model, optimizer)
+    conductor = attached(model, optimizer, targets=ALL)
     train(model, optimizer, last=2)
     model.model.layers[1].requires_grad_(True)
     unfrozen = list(model.model.layers[1].parameters())
