@@ -131,4 +131,25 @@ MUTATIONS = (
         "        if False:",
         f"{TESTS}/test_calibration_text.py -k chats_are_read",
     ),
+    Mutation(
+        "a closed pipe is no error",
+        f"{CORE}/cli.py",
+        "    except BrokenPipeError:  # who reads",
+        "    except ZeroDivisionError:  # who reads",
+        f"{CLI} -k closed_pipe",
+    ),
+    Mutation(
+        "errors nobody foresaw are one line",
+        f"{CORE}/cli.py",
+        "        if is_traced or is_own_program:",
+        "        if True:",
+        f"{CLI} -k no_one_foresaw",
+    ),
+    Mutation(
+        "a device is checked before anything is opened",
+        f"{ADAPTERS}/hf_open.py",
+        "_source(name), _usable(device)",
+        "_source(name), device",
+        f"{CLI} -k wrong_device",
+    ),
 )

@@ -44,12 +44,9 @@ def load_model(name: str, *, device: str = "auto", trust_remote_code: bool = Fal
         ValueError: if there is no such model, its class is unknown, weights are missing or left over, or its tokenizer
             is damaged.
     """
-    source = _source(name)
+    source, device = _source(name), _usable(device)
     model: Any = open_model(name, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(name, source, trust_remote_code)
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
     return model.to(device).eval(), tokenizer
 
 
@@ -74,9 +71,9 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel
         model, info = opener.from_pretrained(source, config=config, output_loading_info=True, **trust)
     except (ValueError, OSError) as error:
         raise _unopened(name, error) from error
-    except RuntimeError as error:
+    except Exception as error:  # of the formats of weights, which raise their own for damaged files
         if "mismatched" not in str(error):
-            raise
+            raise _unopened(name, error) from error
         raise ValueError(
             f"weights of {name} have other shapes than {_declared(config)} with its config.json; the two do not belong "
             "together"
@@ -96,6 +93,26 @@ def predicts_next_token(model: Any) -> bool:
     is_two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
     return callable(can_generate) and bool(can_generate()) and not is_two_sided and reads_text
+
+
+def _usable(device: str) -> str:
+    """Return a device that tensors can be on, chosen where it is `auto`.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if accelerator is None else accelerator.type
+    try:
+        is_real = torch.zeros(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built for CUDA
+        raise ValueError(
+            f"there is no device {device!r} here ({_told(error)}); use cpu, or auto for an accelerator if there is one"
+        ) from error
+    if not is_real:
+        raise ValueError(f"device {device!r} holds no values; use cpu, or auto for an accelerator if there is one")
+    return device
 
 
 def _source(name: str) -> str:
@@ -154,7 +171,8 @@ def _unopened(name: str, error: Exception) -> ValueError:
         return ValueError(
             f"{name} comes with a modelling file of its own; look at it, and give --trust_remote_code to run it"
         )
-    return ValueError(f"cannot open the model {name!r}: {_told(error)}")
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return ValueError(f"cannot open the model {name!r}: {kind}{_told(error)}")
 
 
 def _told(error: BaseException) -> str:

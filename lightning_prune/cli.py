@@ -6,6 +6,7 @@ imported inside the command that needs them.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import json
@@ -20,10 +21,14 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from lightning_prune import cli_options, registry
+from lightning_prune.names import shorten
 
 __all__ = ["main"]
 
 OWN_SECTIONS = ("prune", "shrink", "recover", "evaluate", "export", "report", "seed")
+_CLOSED_PIPE = 141  # 128 + SIGPIPE, as other programs end
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_LONGEST = 1000  # characters of a message
 RUN_SECTIONS = ("trainer", "model", "data")
 
 
@@ -38,18 +43,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        try:
+            return _answer(tokens)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+        _leave_stdout()
+        return _CLOSED_PIPE
+    except OSError as error:  # the output goes to a file on a full disk
+        _leave_stdout()
+        return _tell(f"the output cannot be written: {error.strerror or error}", code=1)
+
+
+def _answer(tokens: list[str]) -> int:
+    """Run a command; what is wrong is told in one line, and where it came from only when that is asked for."""
+    is_traced = "--traceback" in tokens[: tokens.index("--")] if "--" in tokens else "--traceback" in tokens
+    is_own_program = False
+    try:
         options, rest = _parse(tokens)
+        is_own_program = options.command is _run  # whose own errors need their traceback
         with _log_on_stderr():
             return int(options.command(options, rest))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if "--traceback" in tokens:
-            raise
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        return _tell("interrupted", code=130)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if is_traced:
+            raise
+        return _tell(_sentence(error), code=1 if getattr(error, "errno", None) in _NO_ROOM else 2)
+    except Exception as error:  # of libraries, for files and devices that are not what they seem
+        if is_traced or is_own_program:
+            raise
+        return _tell(f"{type(error).__name__}: {_sentence(error)}; --traceback shows where it came from", code=1)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return shorten(str(error), _LONGEST)
+
+
+def _tell(message: str, *, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _leave_stdout() -> None:
+    """Send what is still waiting to be written nowhere, or the interpreter would try, and complain, as it ends."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

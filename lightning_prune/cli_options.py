@@ -1,6 +1,7 @@
 """The options that each command of `lightning-prune` takes."""
 
 import argparse
+from collections.abc import Callable
 
 __all__ = ["OVERRIDES", "add_eval", "add_exec", "add_export", "add_inspect", "add_oneshot", "add_quickstart", "add_run"]
 
@@ -8,6 +9,21 @@ OVERRIDES = """
 Every value of the recipe can be overridden: --prune.schedule.sparsity=0.7, --prune.scorer=Magnitude,
 --evaluate=null, --seed=1. --print_config shows the whole recipe and does nothing.
 """
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers that are not below a bound."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be {low} or more, got {text}")
+        return value
+
+    return read
 
 
 def _add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -35,9 +51,13 @@ def add_oneshot(parser: argparse.ArgumentParser) -> None:
         help="calibration text: a file, a folder, python (sources of its standard library), a data set of the hub "
         "NAME[:CONFIG[:SPLIT]], or self, text that the model writes (default); texts, or chats in the field messages",
     )
-    parser.add_argument("--num_sequences", type=int, default=128, help="calibration sequences (default: %(default)s)")
-    parser.add_argument("--sequence_length", type=int, help="tokens per sequence (default: the model's, 2048 at most)")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument(
+        "--num_sequences", type=_at_least(1), default=128, help="calibration sequences (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequence_length", type=_at_least(1), help="tokens per sequence (default: the model's, 2048 at most)"
+    )
+    parser.add_argument("--batch_size", type=_at_least(1), default=8, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--state_file", help="where a search by shrink.method keeps its scores, to go on after a break")
     _add_loading(parser)
 
@@ -76,9 +96,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a model folder or a hub id")
     parser.add_argument("--tasks", required=True, nargs="+", help="lm-eval tasks")
     parser.add_argument("--include_path", help="a folder with task files")
-    parser.add_argument("--limit", type=int, help="documents per task")
-    parser.add_argument("--batch_size", type=int, default=8, help="documents at a time (default: %(default)s)")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt")
+    parser.add_argument("--limit", type=_at_least(1), help="documents per task")
+    parser.add_argument("--batch_size", type=_at_least(1), default=8, help="documents at a time (default: %(default)s)")
+    parser.add_argument("--num_fewshot", type=_at_least(0), help="examples in the prompt")
     _add_loading(parser)
     parser.add_argument("--out", help="also write the results to this JSON file")
 

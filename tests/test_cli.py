@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -223,7 +224,10 @@ WRONG = [
     ),
     (["oneshot", "--config", "oneshot/wanda_half", "--trainer.max_steps=1"], "unknown option '--trainer'"),
     (["oneshot", "--config", "oneshot/wanda_half", "--prune.seed"], "--prune.seed needs a value"),
-    (["oneshot", "--config", "oneshot/wanda_half", "--num_sequences", "x"], "invalid int value: 'x'"),
+    (
+        ["oneshot", "--config", "oneshot/wanda_half", "--num_sequences", "x"],
+        "--num_sequences: must be 1 or more, got x",
+    ),
     (["oneshot", "--config", "oneshot/wanda_half", "--", "x"], "only exec takes a program after --"),
     (["exec", "--recipe", "train/taylor", "train.py"], "unexpected argument 'train.py'"),
     (["exec", "--recipe", "train/taylor"], "exec needs a command after --"),
@@ -312,3 +316,89 @@ def test_the_program_itself(tmp_path: Path) -> None:
     bad = run("nope")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: ")
+
+
+def test_a_closed_pipe_ends_the_program_quietly(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-m", "lightning_prune", "methods"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, **streams) as started:  # type: ignore[call-overload]
+        started.stdout.close()  # before anything is written
+        assert started.stderr.read() == b""
+        assert started.wait() == 141
+    full = Path("/dev/full")
+    if full.exists():
+        with full.open("w") as file:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, env=environment, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.count(b"\n") == 1
+        assert b"No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "nonsense"], "there is no device 'nonsense' here"),
+        (["--device", "meta"], "device 'meta' holds no values"),
+        (["--batch_size", "0"], "argument --batch_size: must be 1 or more, got 0"),
+        (["--num_sequences", "x"], "argument --num_sequences: must be 1 or more, got x"),
+        (["--sequence_length", "-1"], "argument --sequence_length: must be 1 or more, got -1"),
+    ],
+)
+def test_a_wrong_device_or_number_is_told_in_one_line(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    start = ["oneshot", "--config", "oneshot/wanda_half", "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    assert cli.main([*start, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "config", "config_list", "tokenizer"])
+def test_a_damaged_model_is_told_in_one_line(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    content = {
+        "cut": (weights, weights.read_bytes()[:-100]),
+        "empty": (weights, b""),
+        "noise": (weights, bytes(range(256)) * 9),
+        "config": (folder / "config.json", b"{"),
+        "config_list": (folder / "config.json", b"[]"),
+        "tokenizer": (folder / "tokenizer.json", b"{"),
+    }
+    path, damaged = content[damage]
+    path.write_bytes(damaged)
+    start = ["oneshot", "--config", "oneshot/magnitude_half", "--model", str(folder), "--out", str(tmp_path / "out")]
+    assert cli.main(start) in (1, 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(folder) in line or damage == "config_list"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_below_a_file_cannot_be_written(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert cli.main(["export", "--model", str(model_folder), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_what_no_one_foresaw_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(cli, "_print_recipe", fail)
+    arguments = ["oneshot", "--config", "oneshot/wanda_half", "--print_config"]
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == ("error: RuntimeError: first second; --traceback shows where it came from\n")
+    with pytest.raises(RuntimeError, match="first"):
+        cli.main([*arguments, "--traceback"])
