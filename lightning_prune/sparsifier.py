@@ -1,8 +1,7 @@
 """The conductor: joins the small decisions to the training of a model.
 
-It hooks into torch and not into a trainer, so the same run gives the same weights under Lightning, Transformers or a
-bare loop: gradients of pruned weights are zeroed as they are accumulated, and after every optimizer step statistics
-are fed, masks change when the schedule says so, and the masks are applied.
+It hooks into torch and not into a trainer: gradients of pruned weights are zeroed as they are accumulated, and after
+every optimizer step statistics are fed, masks change when the schedule says so, and the masks are applied.
 """
 
 import dataclasses
@@ -43,10 +42,8 @@ class Sparsifier:
         schedule: when, and how far.
         targets: which parameters.
         granularity: the shape of a hole.
-        scorer: which weights matter.
-        allocation: how one sparsity becomes one per target.
-        guard: a bound on a logged metric.
-        seed: of everything drawn at random.
+        scorer, allocation: which weights matter, and how one sparsity becomes one per target.
+        guard, seed: a bound on a logged metric, and the seed of everything drawn at random.
 
     Raises:
         ValueError: if the parts contradict each other or one would have no effect.
