@@ -8,6 +8,11 @@ exact    the smaller model gives the masked model's logits in float32, to 1e-5 o
 refused  `discover` says that it cannot be cut, and why
 wrong    it was cut, and one of these checks failed
 
+The models have six blocks and, where they have experts, six of them. An architecture counts as exact where some blocks
+can be cut; beside it stands in how many of all blocks that is so, and how many of the exact ones have norms over the
+units that are cut: there what is left is rescaled, so that the norms divide by what they divided by, and "exact" means
+equal to the masked model under such norms, not to one whose norms saw zeros.
+
 Run:  python benchmarks/architectures.py [--only llama gpt2]
 """
 
@@ -201,6 +206,24 @@ def check(model: Any, structure: Structure, kind: str, loader: Loader, folder: P
     return {"answer": "wrong" if failures else "exact", "reason": "; ".join(failures) or None, **result}
 
 
+def blocks_with(structure: Structure, kind: str) -> list[int]:
+    """Return in how many blocks units of a kind can go (or how many blocks can), and how many blocks there are."""
+    if structure.stack is None:
+        return [0, 0]
+    if kind == "layers":
+        return [len(structure.stack.removable), structure.stack.num_layers]
+    kinds = ("heads", "kv_groups") if kind == "heads" else (kind,)
+    groups = [group for group in structure.groups.values() if group.kind in kinds]
+    if any(group.layer is None for group in groups):  # residual channels run through all of them
+        return [structure.stack.num_layers] * 2
+    return [len({group.layer for group in groups}), structure.stack.num_layers]
+
+
+def has_norms(structure: Structure, kind: str) -> bool:
+    """Return whether a norm spans units of a kind."""
+    return any(member.power for group in structure.groups.values() if group.kind == kind for member in group.members)
+
+
 def examine(name: str, loader: Loader) -> dict[str, Any]:
     """Check all kinds of one architecture."""
     try:
@@ -215,12 +238,24 @@ def examine(name: str, loader: Loader) -> dict[str, Any]:
     except ValueError as error:
         return {kind: {"answer": "refused", "reason": str(error)} for kind in KINDS}
     row: dict[str, Any] = {"discover_seconds": time.perf_counter() - start}
-    if structure.stack is not None:
-        row["removable_layers"] = [len(structure.stack.removable), structure.stack.num_layers]
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             row[kind] = check(model, structure, kind, loader, Path(folder))
+        row[kind] |= {"blocks": blocks_with(structure, kind), "rescaled": has_norms(structure, kind)}
     return row
+
+
+def shares(built: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return in how many architectures a kind can be cut in all, in some and in no blocks, and the share of blocks."""
+    exact = [row[kind] for row in built.values() if row[kind]["answer"] == "exact"]
+    counts = [row[kind]["blocks"] for row in built.values() if "blocks" in row[kind]]
+    can, all_ = sum(part for part, _ in counts), sum(whole for _, whole in counts)
+    return {
+        "in_all_blocks": sum(row["blocks"][0] == row["blocks"][1] > 0 for row in exact),
+        "in_some_blocks": sum(0 < row["blocks"][0] < row["blocks"][1] for row in exact),
+        "share_of_blocks": can / all_ if all_ else None,
+        "rescaled": sum(row["rescaled"] for row in exact),
+    }
 
 
 def main() -> None:
@@ -248,9 +283,10 @@ def main() -> None:
         kind: sum(row[kind]["answer"] == "exact" and row[kind]["max_difference"] <= TOLERANCE for row in built.values())
         for kind in KINDS
     }
+    parts = {kind: shares(built, kind) for kind in KINDS}
     print(f"{len(built)} of {len(rows)} architectures built")
     for kind, count in counts.items():
-        print(f"{kind:10}", count, f"({absolute[kind]} exact to {TOLERANCE} absolute)")
+        print(f"{kind:10}", count, f"({absolute[kind]} exact to {TOLERANCE} absolute)", parts[kind])
     if arguments.only is None:
         write_result(
             "architectures",
@@ -261,6 +297,7 @@ def main() -> None:
                 "num_built": len(built),
                 "counts": counts,
                 "exact_absolute": absolute,
+                "blocks": parts,
             },
             rows=[{"architecture": name, **row} for name, row in rows.items()],
         )

@@ -55,7 +55,7 @@ SIZES = _table("""
 """)
 # Set where the default is neither None nor zero: what an architecture leaves out by default stays out.
 PARTS = _table("""
-    4: num_experts n_routed_experts num_local_experts moe_num_experts
+    6: num_experts n_routed_experts num_local_experts moe_num_experts
     2: num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts moe_top_k
     48: moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size
     48: shared_experts_intermediate_size moe_shared_expert_intermediate_size
@@ -252,7 +252,7 @@ def model_class(name: str) -> type[PreTrainedModel]:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
 
 
-def tiny_config(name: str, num_layers: int = 4) -> PreTrainedConfig:
+def tiny_config(name: str, num_layers: int = 6) -> PreTrainedConfig:
     """Return a tiny configuration of an architecture: of its text part where the model takes only that."""
     default, wanted = CONFIG_MAPPING[name](), model_class(name).config_class
     if not isinstance(default, wanted):
@@ -310,7 +310,7 @@ def _check(model: PreTrainedModel) -> None:
         raise Unbuildable("logits do not depend on the token ids")
 
 
-def build(name: str, *, num_layers: int = 4, seed: int = 0) -> PreTrainedModel:
+def build(name: str, *, num_layers: int = 6, seed: int = 0) -> PreTrainedModel:
     """Return a tiny model of an architecture, seeded, in float32 and eval mode, with every parameter random."""
     if name in NOT_ALONE:
         raise Unbuildable(NOT_ALONE[name])

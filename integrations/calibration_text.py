@@ -201,7 +201,8 @@ def calibration_windows(
 
 def longest_sequence(model: PreTrainedModel) -> int:
     """Return how many tokens a calibration sequence has at most: what the model reads, 2048 at most."""
-    return min(_LONGEST, int(getattr(model.config, "max_position_embeddings", None) or _LONGEST))
+    config: Any = model.config.get_text_config()
+    return min(_LONGEST, int(getattr(config, "max_position_embeddings", None) or _LONGEST))
 
 
 @torch.no_grad()

@@ -3,6 +3,10 @@
 Shapes: N sequences, T tokens of each.
 """
 
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +14,14 @@ from transformers import PreTrainedModel
 
 from lightning_prune.integrations.hf_open import predicts_next_token
 from lightning_prune.observation import Observation
+from lightning_prune.structured.discovery.probe import reached
+from lightning_prune.structured.structure import Structure
+from lightning_prune.targets import find_blocks
 from lightning_prune.types import Scorer
 
-__all__ = ["check_text_fits", "text_batches"]
+__all__ = ["check_text_fits", "read_by_text", "text_batches", "text_part_alone"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_text_fits(model: PreTrainedModel, method: object) -> None:
@@ -67,3 +76,44 @@ def text_batches(model: PreTrainedModel, ids_NT: Tensor, *, batch_size: int) -> 
             batch["labels"] = ids
         batches.append(batch)
     return batches
+
+
+def read_by_text(structure: Structure, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> Structure:
+    """Return what can be cut in the part of a model that reads text; no text says what counts in a tower for images."""
+    away = _unread(model, batches)
+    if not away:
+        return structure
+    logger.info("left as they are, since text does not reach them: %s", ", ".join(away))
+    groups = {
+        key: group for key, group in structure.groups.items() if not group.name.startswith(tuple(f"{n}." for n in away))
+    }
+    return dataclasses.replace(structure, groups=groups)
+
+
+@contextmanager
+def text_part_alone(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
+    """Take the towers that text does not reach out of a model, so that its blocks are those of the text part."""
+    towers = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in _unread(model, batches)
+    ]
+    taken = [(parent, dict(parent._modules)) for parent, _ in towers]
+    try:
+        for parent, leaf in towers:
+            del parent._modules[leaf]
+        yield
+    finally:
+        for parent, modules in reversed(taken):
+            parent._modules.clear()
+            parent._modules.update(modules)
+
+
+def _unread(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """Return the outermost modules with blocks of their own of which text calls nothing."""
+    called = reached(model, [{name: value[:1] for name, value in batch.items()} for batch in batches[:1]])
+    found: list[str] = []
+    for name, module in model.named_modules() if called else ():
+        is_called = any(f"{other}.".startswith(f"{name}.") for other in called) if name else True
+        is_inside = name.startswith(tuple(f"{outer}." for outer in found)) if found else False
+        if not is_called and not is_inside and hasattr(module, "config") and find_blocks(module):
+            found.append(name)
+    return found

@@ -68,7 +68,7 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel
     opener, class_name = _opener(name, config, trust_remote_code)
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        model, info = opener.from_pretrained(source, config=config, output_loading_info=True, **trust)
+        model, info = opener.from_pretrained(source, config=config, dtype="auto", output_loading_info=True, **trust)
     except (ValueError, OSError) as error:
         raise _unopened(name, error) from error
     except Exception as error:  # of the formats of weights, which raise their own for damaged files

@@ -5,24 +5,29 @@ Found, planned and cut in memory; the folder appears when everything is in it.
 
 import json
 import logging
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_prune.export.folder import PLAN_NAME, check_free
 from lightning_prune.export.huggingface import export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note, read_plan
 from lightning_prune.integrations.calibration_text import Text
-from lightning_prune.integrations.hf_calibration import check_text_fits
+from lightning_prune.integrations.hf_calibration import check_text_fits, read_by_text, text_part_alone
 from lightning_prune.integrations.hf_open import load_model
 from lightning_prune.integrations.per_layer_export import export_per_layer
 from lightning_prune.recipe import Recipe
 from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probes, with_few_answers
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.method import StructuredMethod
 from lightning_prune.structured.overview import overview, refusals
-from lightning_prune.structured.shrink import shrink
+from lightning_prune.structured.shrink import check_same, promised, shrink
 from lightning_prune.structured.structure import Structure
 
 __all__ = ["inspect_model", "replay_plan", "run_shrink"]
@@ -62,7 +67,8 @@ def run_shrink(
     if method is None:
         raise ValueError(f"recipe {recipe.name} has no shrink.method; it masks, and hf_oneshot.run_oneshot runs it")
     job = _Job(_Source(model, device, trust_remote_code), out, text or Text(), method=method)
-    plan = method.plan(job.model, job.structure, job.batches, state_file=state_file)
+    with text_part_alone(job.model, job.batches if method.needs_batches else ()):
+        plan = method.plan(job.model, job.structure, job.batches, state_file=state_file)
     is_per_layer = recipe.export is not None and recipe.export.format == "per_layer"
     try:
         return job.write(plan, is_per_layer=is_per_layer, repaired=method.repairs, recipe=recipe.as_dict())
@@ -156,6 +162,8 @@ class _Job:
         self.structure: Structure = discover(self.model)
         self.passages = text.passages(self.model, self.tokenizer, documents, needed=needs_text)
         self.batches = self.passages.calibration
+        if needs_text and method is not None:
+            self.structure = read_by_text(self.structure, self.model, self.batches)
         self.before = num_parameters(self.model)
         self.loss_before = self.passages.loss(self.model, title="loss before")
 
@@ -181,16 +189,26 @@ class _Job:
     def _write_stock(
         self, plan: Plan, repaired: bool, recipe: dict[str, Any] | None
     ) -> dict[str, dict[str, float | None]]:
+        """Write a stock folder; parent, smaller model and the folder as it loads are never all in memory."""
+        text = self._text()
+        expected = promised(self.model, self.structure, plan, text)
         small = shrink(self.model, plan, structure=self.structure, consume=True)
+        check_same(small, text, expected)
         metrics = self._metrics(small)
         note = plan_note(plan, parent=self.model, repaired=repaired, metrics=metrics, recipe=recipe)
-        export_huggingface(small, self.out, tokenizer=self.tokenizer, plan_note=note)
+        batches = (*probes(small), *text)
+        given = [outputs(small, batch) for batch in batches]
+        folder = export_huggingface(small, self.out, tokenizer=self.tokenizer, plan_note=note)
+        del small
+        self._check_opens(folder, batches, given)
         return metrics
 
     def _write_per_layer(
         self, plan: Plan, repaired: bool, recipe: dict[str, Any] | None
     ) -> dict[str, dict[str, float | None]]:
         """Write blocks of different shapes; the numbers are those of the folder as it loads."""
+        text = [] if plan.skip or plan.share else self._text()
+        expected = promised(self.model, self.structure, plan, text)
         folder = export_per_layer(
             self.model,
             plan,
@@ -199,9 +217,33 @@ class _Job:
             tokenizer=self.tokenizer,
             batches=self.passages.calibration or self.passages.held_out,
         )
-        small, _ = load_model(str(folder), device=str(self.model.device), trust_remote_code=True)
-        metrics = self._metrics(small)
+        metrics = self._metrics(self._check_opens(folder, text, expected))
         written = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
         note = plan_note(plan, parent=self.model, repaired=repaired, metrics=metrics, recipe=recipe) | written
         (folder / PLAN_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         return metrics
+
+    def _text(self) -> list[dict[str, Tensor]]:
+        """Return one row of the calibration text, on which the cut must be exact too."""
+        rows = [
+            {name: value[:1] for name, value in batch.items() if name != "labels"}
+            for batch in (self.batches or self.passages.held_out)[:1]
+        ]
+        return [with_few_answers(self.model, row) for row in rows]
+
+    def _check_opens(
+        self, folder: Path, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Tensor]
+    ) -> PreTrainedModel:
+        """Return the model that a written folder gives; the folder does not stay if it is not what was proven.
+
+        Raises:
+            ValueError: if it does not open.
+            RuntimeError: if it computes something else.
+        """
+        try:
+            model, _ = load_model(str(folder), device=str(self.model.device), trust_remote_code=True)
+            check_same(model, batches, expected)
+        except (ValueError, RuntimeError):
+            shutil.rmtree(folder)
+            raise
+        return model

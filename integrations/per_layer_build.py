@@ -28,7 +28,8 @@ from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.depth.bypass import PART_OF_KIND, SubBlock, bypassed
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import difference, outputs, probe_inputs, tolerance
+from lightning_prune.structured.discovery.probe import difference, outputs, tolerance
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Group, Plan
 from lightning_prune.structured.shrink import masked
 from lightning_prune.structured.structure import Stack, Structure

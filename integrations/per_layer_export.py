@@ -28,7 +28,8 @@ from lightning_prune.structured.cutting import without_orphans
 from lightning_prune.structured.depth.share import normalise_updates
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure

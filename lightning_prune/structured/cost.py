@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.cutting import cut_shape, removal_of, without_orphans
 from lightning_prune.structured.discovery.blueprint import Blueprint
-from lightning_prune.structured.discovery.probe import outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.width.budgets import nearest

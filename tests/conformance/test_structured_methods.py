@@ -71,7 +71,9 @@ METHODS = EVERYWHERE | ON_LLAMA | {"Mamba-Shedder": MambaShedder(stop=ONE)}
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=lambda value: value.replace(" ", "_"))
-def test_a_method_keeps_what_it_must(family: str, name: str, tmp_path: Path) -> None:
+def test_a_method_keeps_what_it_must(family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     method = METHODS[name]
     models = [randomised(build(family)) for _ in range(3)]
     structure = discover(models[0])
@@ -89,8 +91,8 @@ def test_a_method_keeps_what_it_must(family: str, name: str, tmp_path: Path) -> 
         again = make(models[2], structure, plan)
         assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
 
-    small.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=is_per_layer).eval()
+    small.save_pretrained(tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=is_per_layer).eval()
     ids_NT = token_windows(2, 8, seed=9).clamp_min(4)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids_NT).logits, small(input_ids=ids_NT).logits)

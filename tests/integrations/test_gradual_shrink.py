@@ -45,6 +45,15 @@ def test_transformers_and_a_bare_loop_give_the_same_weights_and_resume(tmp_path:
         assert same(model.state_dict(), again.state_dict()), step
 
 
+def test_mixed_precision_cuts_as_full_precision_does(tmp_path: Path) -> None:
+    """Accelerate puts autocast around `forward`, which the smaller model does not have."""
+    model = tiny_llama()
+    callback = hf_gradual_shrink.ShrinkingCallback(SHRINK)
+    hf_trainer(model, tmp_path, [callback], bf16=True).train()
+    assert model.config.intermediate_size == 24
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 SLOW = pytest.mark.slow
 
 

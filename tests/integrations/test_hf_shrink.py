@@ -1,6 +1,7 @@
 """From a model folder to a smaller one: by each packaged recipe, by a stored plan, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lightning_prune.export.plan_note import num_parameters
 from lightning_prune.integrations import hf_shrink
 from lightning_prune.integrations.calibration_text import Passages, Text
 from lightning_prune.integrations.hf_oneshot import load_model
@@ -20,6 +22,7 @@ from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan, zeroed
 from lightning_prune.structured.width.options import fingerprint
 from tests.model_folders import TEXT, character_tokenizer
+from tests.structured.discovery.test_probe_inputs import tiny_llava
 from tests.tiny_models import tiny_family, tiny_llama, token_windows
 
 SECTIONS = {"format", "form", "plan", "repaired", "parent", "metrics", "recipe"}
@@ -168,6 +171,71 @@ def test_blocks_of_different_shapes(
     assert not (tmp_path / "stock").exists()
     kept = tmp_path / "stock.plan.json"
     assert json.loads(kept.read_text()) == read(out)["plan"]
+
+
+@pytest.mark.parametrize("form", ["stock", "per_layer"])
+def test_a_folder_that_opens_as_something_else_does_not_stay(
+    parent: Path, text: Text, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    opened: list[str] = []
+
+    def load_another(name: str, **options: Any) -> Any:
+        model, tokenizer = load_model(name, **options)
+        if name == str(tmp_path / "out"):
+            opened.append(name)
+            with torch.no_grad():
+                model.lm_head.weight += 0.1
+        return model, tokenizer
+
+    monkeypatch.setattr(hf_shrink, "load_model", load_another)
+    name = "minitron_width" if form == "stock" else "flap"
+    with pytest.raises(ValueError, match=r"differs from the masked one .*; no model was written, the plan is kept"):
+        run_shrink(Recipe.load(f"structured/{name}"), model=str(parent), out=str(tmp_path / "out"), text=text)
+    assert len(opened) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_must_be_exact_on_the_calibration_text(
+    parent: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that does otherwise from the tenth token on, which no configuration says, is not cut."""
+    code = (
+        "from transformers import LlamaForCausalLM\n"
+        "class Late(LlamaForCausalLM):\n"
+        "    def forward(self, input_ids=None, **kwargs):\n"
+        "        result = super().forward(input_ids, **kwargs)\n"
+        "        if input_ids.shape[1] > 9:\n"
+        "            result.logits = result.logits * len(self.model.layers)\n"
+        "        return result\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    shutil.copytree(parent, model)
+    (model / "late.py").write_text(code)
+    values = json.loads((model / "config.json").read_text())
+    values |= {"architectures": ["Late"], "auto_map": {"AutoModelForCausalLM": "late.Late"}}
+    (model / "config.json").write_text(json.dumps(values))
+    recipe = Recipe.load("structured/shortgpt", overrides=["shrink.method.num_blocks=1"])
+    with pytest.raises(ValueError, match=r"differs from the masked one by .* over 16 tokens.*no model was written"):
+        run_shrink(recipe, model=str(model), out=str(tmp_path / "out"), text=text, trust_remote_code=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["width_quarter", "shortgpt"])
+def test_the_text_part_of_a_model_of_images_is_cut(name: str, text: Text, tmp_path: Path) -> None:
+    whole = tiny_llava()
+    whole.save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = Recipe.load(f"structured/{name}")
+    metrics = run_shrink(recipe, model=str(tmp_path / "model"), out=str(tmp_path / "out"), text=text, device="cpu")
+    small, _ = load_model(str(tmp_path / "out"), device="cpu")
+    assert type(small) is type(whole)
+    assert metrics["loss"]["after"] is not None
+    assert num_parameters(small.model.language_model) < num_parameters(whole.model.language_model)
+    tower = whole.model.vision_tower.state_dict()
+    assert all(torch.equal(value, tower[key]) for key, value in small.model.vision_tower.state_dict().items())
 
 
 def test_without_a_tokenizer_the_model_writes_the_text(tmp_path: Path) -> None:

@@ -98,11 +98,11 @@ def test_a_constant_start_of_scaled_would_stay_of_rank_one() -> None:
     assert rank_after_a_step(down_RI, up_OR) == 2
 
 
-def test_autocast_multiplies_in_its_own_dtype() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_rounds_the_effective_weight_once(form: LowRankForm) -> None:
     weight_OI, mask_OI, down_RI, up_OR = factors(dtype=torch.float32)
     input = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
-    exact = input @ written_out(weight_OI, mask_OI, down_RI, up_OR, "masked", 1.0).T
+    whole_OI = written_out(weight_OI, mask_OI, down_RI, up_OR, form, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        output = low_rank_linear(input, weight_OI, mask_OI, down_RI, up_OR, form="masked", scale=1.0)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.1)
+        output = low_rank_linear(input, weight_OI, mask_OI, down_RI, up_OR, form=form, scale=1.0)
+    assert torch.equal(output, input.bfloat16() @ whole_OI.bfloat16().T)

@@ -51,11 +51,11 @@ def build(name: str) -> PreTrainedModel:
     if name == "phi3":
         return Phi3ForCausalLM(Phi3Config(**SIZES))
     if name == "mistral":
-        return MistralForCausalLM(MistralConfig(**SIZES))
+        return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
     if name == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**SIZES))
     if name == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8))
+        return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, sliding_window=8))
     if name == "olmo2":
         return Olmo2ForCausalLM(Olmo2Config(**SIZES))
     if name == "opt":

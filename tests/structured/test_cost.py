@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_prune.structured.cost import Budget, num_flops, num_parameters, sparsity_within
 from lightning_prune.structured.discovery.discover import discover
@@ -41,19 +42,29 @@ def test_the_smallest_sparsity_within_a_budget() -> None:
 
 
 def test_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of a forward pass is replaced by the FFN width, so that the search has one right answer."""
+    """A clock that goes on by the width of every FFN that runs, and by far more the first time, leaves one answer."""
     model = tiny_llama(layers=2)
     structure = discover(model, kinds=("ffn",))
-    monkeypatch.setattr(
-        "lightning_prune.structured.cost._median_seconds", lambda small, inputs: float(small.config.intermediate_size)
-    )
-    sparsity = sparsity_within(model, structure, ("ffn",), Budget(share=0.5, of="latency"))
-    assert sparsity == 0.5
-    ids_NT = torch.zeros(1, 4, dtype=torch.long)
-    assert (
-        sparsity_within(model, structure, ("ffn",), Budget(share=0.75, of="latency"), inputs={"input_ids": ids_NT})
-        == 0.25
-    )
+    ids = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+    runs: list[int] = []
+
+    def wait(module: nn.Module, *_: object) -> None:
+        if isinstance(module, type(model.model.layers[0].mlp)):
+            runs.append(module.up_proj.out_features)
+
+    def clock() -> float:
+        return float(sum(runs) + 1000 * len(set(runs)))
+
+    monkeypatch.setattr("lightning_prune.structured.cost.time.perf_counter", clock)
+    handle = nn.modules.module.register_module_forward_hook(wait)
+    try:
+        sparsity = sparsity_within(
+            model, structure, ("ffn",), Budget(share=0.75, of="latency"), multiple_of=16, inputs=ids
+        )
+    finally:
+        handle.remove()
+    assert uniform(structure.of_kind("ffn")[0], sparsity, 16) == 32  # of 48: two thirds of the time
+    assert runs.count(32) == 2 * 8  # two blocks, timed once: a first run and seven that count
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,21 @@
 """Cutting, saving, loading and using smaller models; what is refused leaves the model as it was."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
-from lightning_prune.structured.shrink import masked, shrink
+from lightning_prune.structured.shrink import masked, promised, shrink
 from lightning_prune.structured.structure import Structure
-from tests.structured.families import build, randomised
+from tests.structured.families import SIZES, build, randomised
 from tests.tiny_models import tiny_llama
 
 FAMILIES = (
@@ -119,6 +120,63 @@ def test_consuming_gives_the_same_model_and_frees_the_parent() -> None:
     assert all(value.numel() == 0 for name, value in parent.state_dict().items() if name in kept)
 
 
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_wrong_cut_is_noticed_also_where_the_parent_is_consumed(consume: bool) -> None:
+    """A structure that claims a wrong order of units is caught by the comparison with the masked model."""
+    parent = randomised(build("phi3"))
+    structure = discover(parent, kinds=("ffn",))
+    wrong = {
+        key: dataclasses.replace(
+            group,
+            members=tuple(
+                dataclasses.replace(member, runs=((0, 2),)) if "gate_up" in member.name else member
+                for member in group.members
+            ),
+        )
+        for key, group in structure.groups.items()
+    }
+    plan = Plan(cuts=tuple(Cut(key, tuple(range(24))) for key in wrong))
+    with pytest.raises(RuntimeError, match=r"differs from the masked one by .* over 6 tokens"):
+        shrink(parent, plan, structure=Structure(wrong, structure.stack), consume=consume)
+
+
+def test_a_cut_is_proven_over_more_tokens_than_a_window() -> None:
+    """A structure that says the blocks of a windowed model may go in any order is caught beyond the window."""
+    parent = randomised(build("gemma2"))  # windows of 8 tokens in every other block
+    structure = discover(parent, kinds=("layers",))
+    assert structure.stack is not None
+    fixed = dataclasses.replace(structure.stack, lists=())
+    types = parent.config.layer_types
+    parent.config.layer_types = [*types[:2], types[0]]
+    with pytest.raises((RuntimeError, ValueError), match=r"over 10 tokens|layer_types"):
+        shrink(parent, Plan(layers=(1, 2)), structure=Structure({}, fixed))
+
+
+def test_what_is_promised_is_simulated_block_by_block() -> None:
+    parent = randomised(build("llama"))
+    structure = discover(parent)
+    plan = some_of_everything(structure)
+    before = {name: value.clone() for name, value in parent.state_dict().items()}
+    seen: list[tuple[float, float]] = []  # is a removed unit of each of two blocks zero while block 0 runs?
+    up = [parent.model.layers[idx].mlp.up_proj.weight for idx in (0, 2)]
+    watch = parent.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: seen.append(tuple(float(weight[0].detach().abs().sum()) for weight in up))
+    )
+    ids = {"input_ids": torch.arange(4, 14)[None]}
+    (got,) = promised(parent, structure, plan, [ids])
+    watch.remove()
+    assert seen[0][0] == 0
+    assert seen[0][1] > 0
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
+    with masked(parent, structure, plan):
+        assert torch.equal(got, logits(parent, ids["input_ids"], use_cache=False))
+    broken = parent.model.layers[0].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        promised(parent, structure, plan, [ids])
+    broken.remove()
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
+
+
 def test_heads_of_removed_key_value_groups_go_with_them() -> None:
     parent = randomised(build("qwen2"))
     structure = discover(parent)
@@ -182,30 +240,22 @@ def test_models_that_cannot_be_cut_are_refused() -> None:
         check_whole(adapted)
 
 
-def test_a_wrong_cut_is_noticed_after_the_fact() -> None:
-    """A structure that claims a wrong order of units is caught by the comparison with the masked model."""
-    parent = randomised(build("phi3"))
-    structure = discover(parent)
-    group = structure.groups["model.layers.0.mlp:ffn"]
-    wrong = {
-        key: type(group)(
-            **{
-                **vars(g),
-                "members": tuple(
-                    type(m)(**{**vars(m), "runs": ((0, 2),) if "gate_up" in m.name else m.runs}) for m in g.members
-                ),
-            }
-        )
-        for key, g in structure.groups.items()
-        if g.kind == "ffn"
-    }
-    plan = Plan(cuts=tuple(Cut(key, tuple(range(24))) for key in wrong))
-    with pytest.raises(RuntimeError, match="differs from the masked one"):
-        shrink(parent, plan, structure=Structure(wrong, structure.stack))
-
-
 def test_half_precision_models_keep_their_dtype() -> None:
     parent = randomised(build("llama")).to(torch.bfloat16)
     structure = discover(parent)
     small = build_smaller(parent, structure, Plan(layers=(0,)))
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+
+
+def test_a_rounded_parent_is_compared_with_exact_frequencies() -> None:
+    """Over a window, frequencies rounded by a cast differ more from exact ones than any rounding explains."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, head_dim=8, sliding_window=500, max_position_embeddings=600)
+    parent = randomised(MistralForCausalLM(config)).to(torch.bfloat16)
+    structure = discover(parent, kinds=("layers",))
+    with torch.no_grad():
+        for layer in parent.model.layers:
+            layer.self_attn.q_proj.weight *= 30
+            layer.self_attn.o_proj.weight *= 10
+    small = shrink(parent, Plan(layers=(0, 1)), structure=structure)
+    assert small.config.num_hidden_layers == 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Blueprint", "Change", "Path", "Shapes", "edited", "leaves"]
+__all__ = ["Blueprint", "Change", "Path", "Shapes", "edited", "leaves", "text_path"]
 
 Path = tuple[str, ...]
 Values = Mapping[str, Any]
@@ -48,6 +48,12 @@ def edited(values: Values, edits: Mapping[Path, Any]) -> dict[str, Any]:
             inner = inner[key]
         inner[path[-1]] = value
     return result
+
+
+def text_path(config: Any) -> Path:
+    """Return where the configuration of the text part lies in that of a model of several parts; () if it is all."""
+    text = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
+    return next(((name,) for name, part in vars(config).items() if part is text and part is not config), ())
 
 
 class Blueprint:
@@ -91,6 +97,15 @@ class Blueprint:
         if implementation is not None:
             config._attn_implementation = implementation
         return config
+
+    def with_values(self, edits: Mapping[Path, Any]) -> "Blueprint | None":
+        """Return the blueprint of the same weights under a configuration with other values; None if it does not fit."""
+        if self.shapes_with(edits) != self.shapes:
+            return None
+        other = copy.copy(self)
+        other.values = edited(self.values, edits)
+        other._cache, other._reasons = {}, {}
+        return other
 
     def skeleton(self, edits: Mapping[Path, Any]) -> nn.Module:
         """Return the class built on the meta device."""

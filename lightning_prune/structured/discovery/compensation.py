@@ -40,7 +40,7 @@ def stream_compensations(
     group: Group,
     roles: Roles,
     *,
-    epsilons: tuple[str, ...],
+    epsilons: tuple[str, ...] | None,
     embedding: str | None,
     head: str | None,
     last_norm: str | None,
@@ -50,13 +50,14 @@ def stream_compensations(
     Args:
         group: the residual channels.
         roles: of the model.
-        epsilons: configuration fields of the norms' constants.
+        epsilons: configuration fields of these norms' constants; None if no field changes these alone.
         embedding: the tensor that embeds tokens; some classes multiply it by the root of the width.
         head: the tensor that gives the logits, if it is not the embedding itself.
         last_norm: the weight of the norm before it.
     """
     norms = [member.name for member in group.members if member.role == "norm"]
-    yield dataclasses.replace(_with_powers(group, roles, dict.fromkeys(norms, -1)), epsilons=epsilons)
+    if epsilons is not None:
+        yield dataclasses.replace(_with_powers(group, roles, dict.fromkeys(norms, -1)), epsilons=epsilons)
     reading = {member.name: -1 for member in group.members if member.role == "in"}
     writing = {member.name: 1 for member in group.members if member.role == "out" or _is_bias(member, roles)}
     for power in (1, 0):

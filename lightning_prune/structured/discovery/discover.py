@@ -5,13 +5,13 @@ that grow belong to that number. Inside a fused tensor the order of the units is
 possible orders are tried, and the right one is that whose cut model computes the same as the model with these units
 set to zero. What fails this test in every order is refused, with the reason.
 
-Blocks that are built alike are proven on two of them.
+Blocks that are built alike are proven on two of them, and on the whole model once. What holds for a few tokens is
+proven again on more tokens than any window, chunk or period that the configuration names.
 
-Cost: some dozens of builds on the meta device and forward passes over 12 tokens of a model of a few blocks; no
-gradients.
+Cost: some dozens of builds on the meta device and forward passes over 12 tokens of a model of a few blocks, and per
+kind of unit and per block of these a few over the long text; no gradients.
 """
 
-import copy
 import dataclasses
 import itertools
 import random
@@ -26,19 +26,25 @@ from lightning_prune.structured.discovery.blueprint import Blueprint, Change
 from lightning_prune.structured.discovery.compensation import stream_compensations
 from lightning_prune.structured.discovery.expert_mask import routed_around
 from lightning_prune.structured.discovery.fields import FFN_WORDS, Count, Fields, HeadFields
+from lightning_prune.structured.discovery.precision import precise
 from lightning_prune.structured.discovery.probe import (
     TOLERANCE,
     decodes,
     difference,
     outputs,
-    probe_inputs,
-    skipping,
-    tolerance,
+    reached,
+    told,
 )
+from lightning_prune.structured.discovery.probe_inputs import probes
 from lightning_prune.structured.discovery.proposals import Proposal, Proposer
 from lightning_prune.structured.discovery.roles import Roles
 from lightning_prune.structured.discovery.routing import with_routing
-from lightning_prune.structured.discovery.stack import blocks_of, candidate_stacks, proven, representatives
+from lightning_prune.structured.discovery.sample import sample_of, twin_of
+from lightning_prune.structured.discovery.stack import (
+    candidate_stacks,
+    proven,
+    why_kept,
+)
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan, zeroed
 from lightning_prune.structured.structure import Stack, Structure
 
@@ -58,57 +64,54 @@ def discover(
         kinds: the kinds of units to look for, and `layers`; all if it is not given.
 
     Raises:
-        ValueError: if the model cannot be rebuilt from its configuration, or its tensors cannot be cut.
+        ValueError: if the model cannot be rebuilt from its configuration, its tensors cannot be cut, or it changes its
+            weights while it runs.
     """
     check_whole(model)
-    inputs = probe_inputs(model) if inputs is None else inputs
-    blueprint = Blueprint(model)
+    twin, blueprint = twin_of(model, Blueprint(model))
+    batches = probes(twin, inputs)
     first: Structure | None = None
-    for stack in candidate_stacks(model, blueprint):
-        sample, sample_stack, standing = _sample(model, blueprint, stack, inputs)
-        sample_blueprint = blueprint if sample is model else Blueprint(sample)
-        if kinds is None or "layers" in kinds:
-            sample_stack = proven(sample, sample_blueprint, sample_stack, inputs)
-        else:
-            unproven = dict.fromkeys(range(sample_stack.num_layers), "layers were not looked for")
-            sample_stack = dataclasses.replace(sample_stack, kept_always=unproven)
-        if sample_stack.removable or first is None:
-            found = _Explorer(sample, sample_blueprint, sample_stack, inputs).run(kinds)
-            first = _expanded(found, stack, standing)
-        if sample_stack.removable or (first.groups and "layers" not in (kinds or ("layers",))):
+    for stack in candidate_stacks(twin, blueprint):
+        found = _explored(twin, blueprint, stack, batches, kinds)
+        removable = found.stack is not None and bool(found.stack.removable)
+        if removable or first is None:
+            first = found
+        if removable or (first.groups and "layers" not in (kinds or ("layers",))):
             break
     if first is None:
-        first = _Explorer(_precise(model), blueprint, None, inputs).run(kinds)
+        first = _Explorer(precise(twin, blueprint), blueprint, None, batches).run(kinds)
     return first
 
 
-def _sample(
-    model: nn.Module, blueprint: Blueprint, stack: Stack, inputs: Mapping[str, Tensor]
-) -> tuple[nn.Module, Stack, dict[int, int]]:
-    """Return a model of a few blocks that stand for all, its stack, and block -> the sample's block for it."""
-    chosen, standing = representatives(blueprint, model, stack)
-    if len(chosen) < stack.num_layers:
-        others = [block for layer in standing if layer not in chosen for block in blocks_of(model, stack, layer)]
-        try:
-            small = build_smaller(
-                model, Structure({}, stack), Plan(layers=tuple(chosen)), share=True, blueprint=blueprint
-            )
-            one = {name: value[:1] for name, value in inputs.items()}
-            with skipping(others):
-                expected = outputs(model, one)
-            if difference(outputs(small, one), expected) <= tolerance(expected):
-                position = {layer: index for index, layer in enumerate(chosen)}
-                short = dataclasses.replace(stack, num_layers=len(chosen))
-                return _precise(small), short, {layer: position[other] for layer, other in standing.items()}
-        except Exception:  # noqa: BLE001 - blocks that depend on their place: the whole model is its own sample
-            pass
-    return _precise(model), stack, {layer: layer for layer in standing}
+def _explored(
+    model: nn.Module,
+    blueprint: Blueprint,
+    stack: Stack,
+    batches: Sequence[Mapping[str, Tensor]],
+    kinds: Sequence[str] | None,
+) -> Structure:
+    """Return what can be cut, found in a sample of the model if the whole model bears that out, and else in itself."""
+    sample, sample_stack, standing = sample_of(model, blueprint, stack, batches[0])
+    found = _expanded(_found(sample, sample_stack, batches, kinds), stack, standing)
+    if sample_stack.num_layers == stack.num_layers or found.stack is None or not found.stack.removable:
+        return found
+    moved = dataclasses.replace(found.stack, kept_always={})  # every block behind the first removed one moves up
+    if why_kept(model, blueprint, moved, found.stack.removable[0], batches) is None:
+        return found
+    everyone = {layer: layer for layer in range(stack.num_layers)}
+    return _expanded(_found(precise(model, blueprint), stack, batches, kinds), stack, everyone)
 
 
-def _precise(model: nn.Module) -> nn.Module:
-    """Return the model in float32, in which a wrong cut cannot pass for rounding; itself if it is that already."""
-    is_short = any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
-    return copy.deepcopy(model).float() if is_short else model
+def _found(
+    sample: nn.Module, stack: Stack, batches: Sequence[Mapping[str, Tensor]], kinds: Sequence[str] | None
+) -> Structure:
+    blueprint = Blueprint(sample)
+    if kinds is None or "layers" in kinds:
+        stack = proven(sample, blueprint, stack, batches)
+    else:
+        unproven = dict.fromkeys(range(stack.num_layers), "layers were not looked for")
+        stack = dataclasses.replace(stack, kept_always=unproven)
+    return _Explorer(sample, blueprint, stack, batches).run(kinds)
 
 
 def _expanded(found: Structure, stack: Stack, standing: Mapping[int, int]) -> Structure:
@@ -148,13 +151,13 @@ class _Explorer:
     """Tries the fields of one model's configuration."""
 
     def __init__(
-        self, model: nn.Module, blueprint: Blueprint, stack: Stack | None, inputs: Mapping[str, Tensor]
+        self, model: nn.Module, blueprint: Blueprint, stack: Stack | None, batches: Sequence[Mapping[str, Tensor]]
     ) -> None:
         self.model, self.blueprint, self.stack = model, blueprint, stack
-        self.inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        self.probes = [{k: v.float() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
         self.fields, self.roles = Fields(blueprint), Roles(model)
         self.proposer = Proposer(self.roles, stack)
-        self.intact = outputs(model, self.inputs)
+        self.intact = outputs(model, self.probes[0])
         if not bool(self.intact.isfinite().all()):
             raise ValueError(f"{type(model).__name__} gives infinite or undefined outputs on the probe")
         self.groups: dict[str, Group] = {}
@@ -211,7 +214,7 @@ class _Explorer:
         """Find whole experts."""
         try:
             groups = with_routing(
-                self.model, self.proposer.expert_groups(count, change, factor), self.inputs, self.fields.flat
+                self.model, self.proposer.expert_groups(count, change, factor), self.probes[0], self.fields.flat
             )
             reason = self.why_wrong(groups)
         except ValueError as error:
@@ -247,22 +250,24 @@ class _Explorer:
         """Cut half of the units of every group; return what is wrong with the result, None if it is exact."""
         random_order = random.Random(0)
         by_key = {group.key: group for group in groups}
+        fields = ", ".join(dict.fromkeys(name for group in groups for name in group.fields))
         try:
             cuts = tuple(Cut(group.key, _half(group, random_order)) for group in groups)
             plain = Structure(by_key, None)
             small = build_smaller(self.model, plain, Plan(cuts=cuts), share=True, blueprint=self.blueprint)
-            got = outputs(small, self.inputs)
-            with zeroed(self.model, by_key, cuts), routed_around(self.model, by_key, cuts):
-                expected = outputs(self.model, self.inputs)
+            for inputs in self.probes:
+                got = outputs(small, inputs)
+                with zeroed(self.model, by_key, cuts), routed_around(self.model, by_key, cuts):
+                    expected = outputs(self.model, inputs)
+                if inputs is self.probes[0] and torch.equal(expected, self.intact):
+                    return "leaving them out changes nothing that the probe can see, so that nothing can be proven"
+                gap = difference(got, expected)
+                if not gap <= TOLERANCE:
+                    return f"a cut model computes something else than a masked one (by {gap:.1e})"
         except Exception as error:  # noqa: BLE001 - whatever a class raises on wrong shapes, the proposal is wrong
-            return " ".join(str(error).split()) or type(error).__name__
-        if torch.equal(expected, self.intact):
-            return "leaving them out changes nothing that the probe can see, so that nothing can be proven"
-        gap = difference(got, expected)
-        if not gap <= TOLERANCE:
-            return f"a cut model computes something else than a masked one (by {gap:.1e})"
+            return told(error, f"{type(self.model).__name__} with half of {fields}")
         is_cached = groups[0].kind in ("heads", "kv_groups", "channels")
-        is_lost = is_cached and not decodes(small, self.inputs) and decodes(self.model, self.inputs)
+        is_lost = is_cached and not decodes(small, self.probes[0]) and decodes(self.model, self.probes[0])
         return "a cut model does not decode with its cache" if is_lost else None
 
     def find_hidden(self, count: Count) -> None:
@@ -275,10 +280,13 @@ class _Explorer:
             if effect is None or not effect[0]:
                 raise ValueError(f"no shape follows {count.name}")
             group = self.proposer.residual(count, *effect, pins)
+            self.check_reached(group)
             embedding, head, last_norm = self.ends(group)
+            norms = {member.name.rpartition(".")[0] for member in group.members if member.role == "norm"}
+            epsilons = self.fields.epsilons(norms)
             reason = ""
             for proposal in stream_compensations(
-                group, self.roles, epsilons=self.fields.epsilons(), embedding=embedding, head=head, last_norm=last_norm
+                group, self.roles, epsilons=epsilons, embedding=embedding, head=head, last_norm=last_norm
             ):
                 failed = self.why_wrong([proposal])
                 if failed is None:
@@ -289,6 +297,29 @@ class _Explorer:
         except ValueError as error:
             reason = str(error)
         self.refused.setdefault("hidden", reason)
+
+    def check_reached(self, group: Group) -> None:
+        """Check that the probe runs all that writes and reads the residual channels, in every part of the model.
+
+        Raises:
+            ValueError: naming a part that it does not run.
+        """
+        called = reached(self.model, self.probes)
+        parts = [
+            name
+            for name, module in self.model.named_modules()
+            if name and hasattr(module, "config") and any(True for _ in module.parameters())
+        ]
+        owners: dict[int, list[str]] = {}
+        for name, tensor in self.roles.tensors.items():
+            owners.setdefault(id(tensor), []).append(name.rpartition(".")[0])
+        ends = [m.name for m in group.members if self.stack is None or self.stack.layer_of(m.name) is None]
+        for names in (*([part] for part in parts), *(owners[id(self.roles.tensors[end])] for end in ends)):
+            if not any(f"{other}.".startswith(f"{name}.") for other in called for name in names):
+                raise ValueError(
+                    f"the probe does not reach {names[0]}, so nothing is known of the residual channels there; pass "
+                    "`inputs` to discover that it reads (an image or a sound beside the tokens)"
+                )
 
     def ends(self, group: Group) -> tuple[str | None, str | None, str | None]:
         """Return the embedding's tensor, the output head's where it is another, and the norm before the head."""
@@ -310,7 +341,7 @@ class _Explorer:
             for member in group.members
             if member.role == "norm"
         ]
-        outputs(self.model, self.inputs)
+        outputs(self.model, self.probes[0])
         for handle in handles:
             handle.remove()
         embedding = names.get(id(tensors[0]))

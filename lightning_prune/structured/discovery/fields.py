@@ -4,11 +4,13 @@ The few names here are those that Transformers itself standardises; a class that
 `attribute_map`. FFN widths and everything else are found by what they change, under any name.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_prune.structured.discovery.blueprint import Blueprint, Change, Path, leaves
+from torch import nn
+
+from lightning_prune.structured.discovery.blueprint import Blueprint, Change, Path, leaves, text_path
 
 __all__ = ["FFN_WORDS", "Count", "Fields", "HeadFields"]
 
@@ -103,8 +105,9 @@ class Fields:
         return [count for count in self.counts() if count.path not in taken]
 
     def hidden(self) -> list[Count]:
-        """Return the fields that may count residual channels."""
-        return self.named(_HIDDEN)
+        """Return the fields that may count residual channels, those of the text part first."""
+        text = text_path(self.blueprint.config)
+        return sorted(self.named(_HIDDEN), key=lambda count: count.path[:-1] != text)
 
     def heads(self) -> list[HeadFields]:
         """Return the attentions that the configuration describes."""
@@ -157,13 +160,34 @@ class Fields:
             return change, 0.5
         return None
 
-    def epsilons(self) -> tuple[str, ...]:
-        """Return the fields that norms add to a mean square."""
-        return tuple(
-            ".".join(path)
-            for path, value in self.flat.items()
-            if "eps" in path[-1] and isinstance(value, float) and 0 < value < 1e-2
-        )
+    def epsilons(self, norms: Collection[str]) -> tuple[str, ...] | None:
+        """Return the fields that norms add to a mean square.
+
+        Args:
+            norms: names of the modules whose constants are to change, and no others.
+
+        Returns:
+            None if some norm follows no field, or a field changes anything else.
+        """
+        fields, changed = [], set()
+        for path, value in self.flat.items():
+            if "eps" not in path[-1] or not isinstance(value, float) or not 0 < value < 1e-2:
+                continue
+            moved = _other_numbers(self.blueprint.skeleton({}), self.blueprint.skeleton({path: 2 * value}))
+            if moved & set(norms):
+                fields.append(".".join(path))
+                changed |= moved
+        return tuple(fields) if changed == set(norms) else None
+
+
+def _other_numbers(model: nn.Module, other: nn.Module) -> set[str]:
+    """Return the names of the modules that hold another floating-point number in the other model."""
+    twins = dict(other.named_modules())
+    return {
+        name
+        for name, module in model.named_modules()
+        if any(isinstance(v, float) and vars(twins[name]).get(key) != v for key, v in vars(module).items())
+    }
 
 
 def _is_number(value: object) -> bool:

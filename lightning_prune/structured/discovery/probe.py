@@ -1,53 +1,58 @@
-"""Run a model on a few tokens, with units or blocks left out, to see whether two forms of it compute the same.
+"""Run a model on a few inputs, with units or blocks left out, to see whether two forms of it compute the same.
 
-Shapes: N sequences, T tokens.
+What runs is the class: a `forward` that a trainer has put on the instance (autocast, casts of the output) is looked
+through, since the other form of the model does not have it.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.calibration import evaluating
 
-__all__ = ["TOLERANCE", "decodes", "difference", "outputs", "probe_inputs", "skipping", "tolerance"]
+__all__ = [
+    "TOLERANCE",
+    "WeightsChangeError",
+    "decodes",
+    "difference",
+    "first_row",
+    "guarded_outputs",
+    "outputs",
+    "reached",
+    "skipping",
+    "told",
+    "tolerance",
+]
 
 # Largest difference of the outputs of two forms of a float32 model that are the same function, as a share of the
 # largest output or of one. Cut and masked models add the same numbers in another order.
 TOLERANCE = 1e-5
 
+_LONGEST = 240  # characters of another library's error that are passed on
 
-def probe_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Return a small random batch of what the model reads: token ids or pixels.
 
-    Raises:
-        ValueError: if it reads something else.
-    """
-    config: Any = getattr(model, "config", None)
-    name = getattr(model, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(0)
-    first = next(model.parameters())
-    if name == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-        pixels = torch.randn(2, getattr(config, "num_channels", 3), *size, generator=generator)
-        return {name: pixels.to(first.device, first.dtype)}
-    text = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
-    vocab = getattr(text, "vocab_size", None)
-    if name != "input_ids" or not isinstance(vocab, int):
-        raise ValueError(
-            f"{type(model).__name__} reads {name!r}, for which no probe can be made up; pass `inputs`, a small batch "
-            "of keyword arguments of its forward"
-        )
-    low = min(4, vocab - 1)
-    return {"input_ids": torch.randint(low, vocab, (2, 6), generator=generator).to(first.device)}
+@contextmanager
+def _as_built(model: nn.Module) -> Iterator[None]:
+    """Run what the class computes, in evaluation mode and in the precision of the weights, until the block ends."""
+    device = next((tensor.device.type for tensor in model.state_dict(keep_vars=True).values()), "cpu")
+    forward = vars(model).pop("forward", None)
+    try:
+        with evaluating(model), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        if forward is not None:
+            model.forward = forward
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the logits, or what else comes first, in evaluation mode."""
-    with evaluating(model):
+    with _as_built(model):
         result: Any = model(**inputs)
     if isinstance(result, Tensor):
         return result
@@ -61,10 +66,10 @@ def decodes(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
     generate: Any = getattr(model, "generate", None)
     if not callable(generate) or "input_ids" not in inputs:
         return False
-    with evaluating(model):
+    with _as_built(model):
         try:
             generate(
-                inputs["input_ids"][:1],
+                **first_row(inputs),
                 max_new_tokens=2,
                 min_new_tokens=2,
                 do_sample=False,
@@ -74,6 +79,12 @@ def decodes(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
         except Exception:  # noqa: BLE001 - whatever a class raises, it does not decode
             return False
     return True
+
+
+def first_row(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first row of a batch; a batch of one row as it is, since not all of its tensors may count rows."""
+    ids = inputs.get("input_ids")
+    return dict(inputs) if ids is not None and len(ids) == 1 else {name: value[:1] for name, value in inputs.items()}
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -87,6 +98,73 @@ def difference(got: Tensor, expected: Tensor) -> float:
 def tolerance(expected: Tensor) -> float:
     """Return the largest difference that rounding explains, for outputs of this precision."""
     return TOLERANCE if expected.dtype.itemsize >= 4 else 0.05
+
+
+def reached(model: nn.Module, probes: Sequence[Mapping[str, Tensor]]) -> set[str]:
+    """Return the names of the modules that are called when a model runs."""
+    names: set[str] = set()
+    with ExitStack() as hooks:
+        for name, module in model.named_modules(remove_duplicate=False):
+            handle = module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
+            hooks.callback(handle.remove)
+        for inputs in probes:
+            outputs(model, inputs)
+    return names
+
+
+def told(error: Exception, what: str) -> str:
+    """Return why something could not be run, in one line for a reader who knows the model and not its code.
+
+    Args:
+        error: what was raised; the words of a `ValueError` are meant for readers, those of others are not.
+        what: was tried, for example `LlamaForCausalLM with half of its heads`.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError) and text and not re.search(r"shape|size of tensor", text):
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return f"{what} does not run ({type(error).__name__}): the code of the class ties this number to other sizes"
+
+
+class WeightsChangeError(ValueError):
+    """A model that changes its own weights while it runs."""
+
+
+class _Unwritten(TorchDispatchMode):
+    """Stops an operation that would write into one of these tensors before it does."""
+
+    def __init__(self, tensors: Mapping[int, str]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.written: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute, unless a weight would change."""
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and isinstance(value, Tensor) and value.data_ptr() in self.tensors:
+                    self.written = self.tensors[value.data_ptr()]
+                    raise RuntimeError("a weight would change")
+        return func(*args, **(kwargs or {}))
+
+
+def guarded_outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the outputs of a model that leaves its weights alone; those of one that does not have not changed either.
+
+    Raises:
+        WeightsChangeError: naming the weight that it would have changed.
+    """
+    guard = _Unwritten({parameter.data_ptr(): name for name, parameter in model.named_parameters()})
+    try:
+        with guard:
+            return outputs(model, inputs)
+    except RuntimeError as error:
+        if guard.written is None:
+            raise
+        raise WeightsChangeError(
+            f"{type(model).__name__} changes {guard.written} while it runs, so that no run says what its weights are; "
+            "switch that off in its configuration (rescale_every: 0 in RWKV), or cut another model"
+        ) from error
 
 
 @contextmanager

@@ -1,25 +1,26 @@
 """Find the repeated blocks of a model, what counts them, and which of them can be removed."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.structured.build import build_smaller
-from lightning_prune.structured.discovery.blueprint import Blueprint, leaves
-from lightning_prune.structured.discovery.probe import TOLERANCE, decodes, difference, outputs, skipping
+from lightning_prune.structured.discovery.blueprint import Blueprint, leaves, text_path
+from lightning_prune.structured.discovery.lists import lists_per_block
+from lightning_prune.structured.discovery.probe import decodes, difference, outputs, skipping, told, tolerance
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.structure import Stack, Structure
 
-__all__ = ["blocks_of", "candidate_stacks", "proven", "representatives"]
+__all__ = ["blocks_of", "candidate_stacks", "proven", "representatives", "why_kept"]
 
 
 def candidate_stacks(model: nn.Module, blueprint: Blueprint) -> Iterator[Stack]:
-    """Yield the stacks that fields of the configuration may count, the one with most parameters first."""
+    """Yield the stacks that fields of the configuration may count: of the text part first, then by parameters."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    flat = dict(leaves(blueprint.values))
-    found = []
+    flat, text = dict(leaves(blueprint.values)), text_path(blueprint.config)
+    found: list[tuple[bool, int, Stack]] = []
     for path, number in flat.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 2:
             continue
@@ -29,17 +30,19 @@ def candidate_stacks(model: nn.Module, blueprint: Blueprint) -> Iterator[Stack]:
         outermost = tuple(name for name in counted if not any(name.startswith(f"{outer}.") for outer in counted))
         if not outermost:
             continue
-        per_layer = tuple(
-            ".".join(other)
+        alike = {
+            other: value
             for other, value in flat.items()
             if isinstance(value, list) and len(value) == number and other[0] != "per_layer_config"
-        )
+        }
+        per_layer = tuple(".".join(name) for name in lists_per_block(blueprint, path, number, outermost, alike))
         stack = Stack(outermost, ".".join(path), per_layer, number)
         owned = _owned(blueprint, stack)
         if owned:
             stack = dataclasses.replace(stack, containers=owned)
-            found.append((sum(p.numel() for name in owned for p in lists[name].parameters()), stack))
-    for _, stack in sorted(found, key=lambda pair: -pair[0]):
+            size = sum(p.numel() for name in owned for p in lists[name].parameters())
+            found.append((path[:-1] != text, -size, stack))
+    for *_, stack in sorted(found, key=lambda entry: entry[:2]):
         yield stack
 
 
@@ -66,7 +69,7 @@ def blocks_of(model: nn.Module, stack: Stack, layer: int) -> list[nn.Module]:
     return [model.get_submodule(f"{container}.{layer}") for container in stack.containers]
 
 
-def proven(model: nn.Module, blueprint: Blueprint, stack: Stack, inputs: Mapping[str, Tensor]) -> Stack:
+def proven(model: nn.Module, blueprint: Blueprint, stack: Stack, probes: Sequence[Mapping[str, Tensor]]) -> Stack:
     """Return the stack with the blocks that cannot be removed, and what else counts the others.
 
     Each block is removed alone, and the smaller model compared with the model that passes the block over.
@@ -83,7 +86,7 @@ def proven(model: nn.Module, blueprint: Blueprint, stack: Stack, inputs: Mapping
         reason = None
         for names in ((), *((name,) for name in other if name != stack.field)):
             candidate = dataclasses.replace(stack, counters={layer: names}, kept_always={})
-            found = _why_kept(model, blueprint, candidate, layer, inputs)
+            found = why_kept(model, blueprint, candidate, layer, probes)
             if found is None:
                 counters[layer], reason = names, None
                 break
@@ -95,24 +98,28 @@ def proven(model: nn.Module, blueprint: Blueprint, stack: Stack, inputs: Mapping
     )
 
 
-def _why_kept(
-    model: nn.Module, blueprint: Blueprint, stack: Stack, layer: int, inputs: Mapping[str, Tensor]
+def why_kept(
+    model: nn.Module, blueprint: Blueprint, stack: Stack, layer: int, probes: Sequence[Mapping[str, Tensor]]
 ) -> str | None:
+    """Return why a block cannot be removed, None if it can: on every probe the others compute what they did."""
     keep = tuple(other for other in range(stack.num_layers) if other != layer)
+    what = f"{type(model).__name__} without block {layer}"
+    is_seen = False
     try:
         small = build_smaller(model, Structure({}, stack), Plan(layers=keep), share=True, blueprint=blueprint)
-        got = outputs(small, inputs)
-        with skipping(blocks_of(model, stack, layer)):
-            expected = outputs(model, inputs)
+        for inputs in probes:
+            got = outputs(small, inputs)
+            with skipping(blocks_of(model, stack, layer)):
+                expected = outputs(model, inputs)
+            is_seen = is_seen or not torch.equal(expected, outputs(model, inputs))
+            gap = difference(got, expected)
+            if not gap <= tolerance(expected):
+                return f"the model computes something else without it (by {gap:.1e})"
     except Exception as error:  # noqa: BLE001 - whatever a class raises, the block stays, and the reason is told
-        return " ".join(str(error).split()) or type(error).__name__
-    intact = outputs(model, inputs)
-    if torch.equal(expected, intact):
+        return told(error, what)
+    if not is_seen:
         return "removing it changes nothing that the probe can see"
-    gap = difference(got, expected)
-    if not gap <= TOLERANCE:
-        return f"the model computes something else without it (by {gap:.1e})"
-    is_lost = not decodes(small, inputs) and decodes(model, inputs)
+    is_lost = not decodes(small, probes[0]) and decodes(model, probes[0])
     return "the model cannot decode without it" if is_lost else None
 
 

@@ -26,7 +26,8 @@ from lightning_prune.statistics.gram import Gram
 from lightning_prune.structured.build import build_smaller, check_whole, field_edits
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import difference, outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import difference, outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.structure import Structure

@@ -17,7 +17,8 @@ from lightning_prune.structured.depth.bypass import (
     sub_blocks,
 )
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Group, Member
 from lightning_prune.targets import find_blocks
 from tests.structured.depth_models import FAMILIES, family_groups, padded_batches, shake, tiny_model

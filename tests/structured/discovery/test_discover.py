@@ -1,6 +1,8 @@
 """What is found in real architectures, and what is refused with which reason."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,17 @@ from transformers import (
     GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Cut, Member, Plan
 from lightning_prune.structured.shrink import masked, shrink
 from tests.structured.families import SIZES, build, randomised
@@ -209,3 +216,98 @@ def test_removed_experts_get_no_tokens() -> None:
     del weights_TK, share_TK
     small = shrink(model, plan, structure=structure)
     assert small.config.num_experts == 3
+
+
+class PlacedConfig(LlamaConfig):
+    model_type = "placed_llama"
+    window: int = 20
+    stripe: int = 2
+
+
+class Placed(LlamaForCausalLM):
+    """Every `stripe`-th block, by its place, sees the last `window` tokens alone; nothing in the blocks says so."""
+
+    config_class = PlacedConfig
+
+    def __init__(self, config: PlacedConfig) -> None:
+        super().__init__(config)
+        for idx, layer in enumerate(self.model.layers):
+            if idx % config.stripe == config.stripe - 1:
+                layer.self_attn.register_forward_pre_hook(windowed(config), with_kwargs=True)
+
+
+def windowed(config: PlacedConfig) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        size = kwargs["hidden_states"].shape[1]
+        back = torch.arange(size)[:, None] - torch.arange(size)[None]
+        hidden = (back < 0) | (back >= config.window)
+        kwargs["attention_mask"] = torch.zeros(size, size).masked_fill(hidden, -1e9)[None, None]
+        return args, kwargs
+
+    return hook
+
+
+@pytest.mark.parametrize(("stripe", "removable"), [(2, (4,)), (3, (3, 4))])
+def test_blocks_that_differ_by_their_place_stay(stripe: int, removable: tuple[int, ...]) -> None:
+    """A window shows only in a text that is longer; a stripe of three only in more blocks than stand for all."""
+    config = PlacedConfig(**(SIZES | {"num_hidden_layers": 5}), stripe=stripe)
+    structure = discover(randomised(Placed(config)), kinds=("layers",))
+    assert structure.stack is not None
+    assert structure.stack.removable == removable
+    assert all("computes something else" in reason for reason in structure.stack.kept_always.values())
+
+
+@pytest.mark.parametrize("kind", ["norms over heads too", "norms of the stream alone"])
+def test_only_constants_of_norms_over_the_stream_change(kind: str) -> None:
+    """The norms over queries and keys of a Qwen 3 have the same constant, which is to stay as it is."""
+    torch.manual_seed(0)
+    is_shared = kind == "norms over heads too"
+    sizes = SIZES | {"head_dim": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if is_shared else LlamaForCausalLM(LlamaConfig(**sizes))
+    structure = discover(randomised(model), kinds=("hidden",))
+    (group,) = structure.of_kind("hidden")
+    assert group.epsilons == (() if is_shared else ("rms_norm_eps",))
+    small = shrink(model, Plan(cuts=(Cut(group.key, tuple(range(16))),)), structure=structure)
+    assert small.config.rms_norm_eps == model.config.rms_norm_eps * (1 if is_shared else 2)
+
+
+class Initialised(LlamaForCausalLM):
+    """A class with an `initialize_weights` of its own."""
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, Initialised])
+def test_classes_are_left_as_they_were(model_class: type[LlamaForCausalLM]) -> None:
+    before = dict(vars(model_class))
+    model = randomised(model_class(LlamaConfig(**SIZES)))
+    discover(model, kinds=("ffn",))
+    assert dict(vars(model_class)) == before
+    with pytest.raises(ValueError, match="cannot be built"):
+        discover(Unbuildable(LlamaConfig(**SIZES), is_first=True))
+    assert "initialize_weights" not in vars(Unbuildable)
+
+
+class Unbuildable(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig, *, is_first: bool = False) -> None:
+        super().__init__(config)
+        if not is_first:
+            raise ValueError("once is enough")
+
+
+class Tied(LlamaForCausalLM):
+    """Runs only at the FFN width that it was written for."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        result = super().forward(input_ids, **kwargs)
+        result.logits = result.logits + torch.zeros(48) @ self.model.layers[0].mlp.up_proj.weight.sum(1)
+        return result
+
+
+def test_refusals_name_a_cause_and_no_shapes_of_torch() -> None:
+    structure = discover(randomised(Tied(LlamaConfig(**SIZES))), kinds=("ffn",))
+    reason = structure.refused["ffn"]
+    assert reason.startswith("Tied with half of intermediate_size does not run (RuntimeError)")
+    assert "48" not in reason
+    assert len(reason) < 300

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.shrink import masked, shrink
 from tests.structured.families import SIZES, randomised

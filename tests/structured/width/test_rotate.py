@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import probe_inputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.shrink import shrink
 from lightning_prune.structured.width.norm_readers import norm_of_readers
