@@ -337,11 +337,7 @@ class Sparsifier:
         return self._held.zero_share()
 
     def apply_to(self, model: nn.Module) -> int:
-        """Zero the pruned weights in a copy of the model, such as an average of its weights; collective when sharded.
-
-        Returns:
-            the number of targets that it has.
-        """
+        """Zero the pruned weights in an average or another copy; return how many targets it has; collective."""
         return self._held.apply_to(promised_zeros.weights_of(model))
 
     def verify(self, model: nn.Module | Mapping[str, object]) -> tuple[str, ...]:
