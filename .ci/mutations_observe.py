@@ -194,6 +194,20 @@ MUTATIONS = (
         f"{TESTS}/test_chosen_masks.py -k do_not_count",
     ),
     Mutation(
+        "masks that were never chosen break the promise",
+        f"{CORE}/closing_notes.py",
+        "        yield ending.behind",
+        "        pass",
+        f"{TESTS}/test_chosen_masks.py -k never_reached",
+    ),
+    Mutation(
+        "gradients of parameters over one memory are added",
+        f"{CORE}/loss_gradients.py",
+        "            binding.parameter.grad = copy.grad if own is None else own + copy.grad",
+        "            pass",
+        f"{TESTS}/test_oneshot.py -k several_places",
+    ),
+    Mutation(
         "what is behind is saved",
         f"{CORE}/progress.py",
         '        behind=Behind(**state.get("behind", {})),',

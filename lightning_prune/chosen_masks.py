@@ -147,6 +147,12 @@ class Behind:
         self.said += new
         return [f"step {step}: {found[kind]}" for kind in new]
 
+    def last_words(self) -> str:
+        """Return what is to be said of it when training ends; nothing if no target is behind."""
+        if not self.names:
+            return ""
+        return f"the masks of {self.names[0]}{_of(self.names)} could not be chosen as due at step {self.since}"
+
     def as_dict(self) -> dict[str, object]:
         """Return plain values, for a saved state."""
         return dataclasses.asdict(self)

@@ -20,6 +20,7 @@ class Ending:
         held: the sparsity of the masks.
         promised: the sparsity asked for.
         differences: between the weights and the masks.
+        behind: what is to be said of targets whose masks could not be chosen when they were due; empty if none.
         has_failed: whether an error or an interruption ended it.
         guarded: the metric that the guard keeps pruning back for; None if it does not.
         unseen_metric: what the guard waited for in vain.
@@ -32,6 +33,7 @@ class Ending:
     held: float
     promised: float
     differences: tuple[str, ...] = ()
+    behind: str = ""
     has_failed: bool = False
     guarded: str | None = None
     unseen_metric: str | None = None
@@ -47,6 +49,8 @@ def breaches(ending: Ending) -> Iterator[str]:
         )
     elif ending.held < ending.promised - 1e-9 and ending.guarded is None:
         yield _short(ending)
+    if ending.behind:
+        yield ending.behind
     if ending.differences:
         yield (
             "the weights were replaced after the last step (by averages, or by the best checkpoint?): sparsity is "

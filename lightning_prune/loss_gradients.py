@@ -42,7 +42,7 @@ def token_labels(inputs: _Inputs) -> dict[str, Tensor]:
 @contextmanager
 def gradients(model: nn.Module, bindings: Sequence[Binding]) -> Iterator[None]:
     """Collect gradients of the targets alone; modes, gradients and flags are put back afterwards."""
-    targets = {id(binding.parameter) for binding in bindings}
+    targets = {id(parameter) for binding in bindings for parameter in (binding.parameter, *binding.copies)}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     with evaluating(model), torch.enable_grad():
         try:
@@ -86,10 +86,21 @@ def observe_gradients(
         for unit, count in tqdm(units, desc="calibrating", disable=not progress):
             if count:
                 (_loss(model, scorer, unit, device) * (count / mean)).backward()
+                for binding in bindings:
+                    _gather(binding)
                 observation.feed_step(bindings)
                 for binding in bindings:
                     binding.parameter.grad = None
     return observation, notes
+
+
+def _gather(binding: Binding) -> None:
+    """Add to a target's gradient those of further parameters over the same memory."""
+    for copy in binding.copies:
+        if copy.grad is not None:
+            own = binding.parameter.grad
+            binding.parameter.grad = copy.grad if own is None else own + copy.grad
+            copy.grad = None
 
 
 def _labelled(batch: Batch) -> dict[str, object]:

@@ -79,6 +79,7 @@ class Progress:
             held=self.sparsity,
             promised=promised,
             differences=differences or (),
+            behind=self.behind.last_words(),
             has_failed=differences is None,
             guarded=guard.metric if guard is not None and is_kept_back else None,
             unseen_metric=guard.metric if guard is not None and not self.memory.has_seen else None,

@@ -75,10 +75,12 @@ def test_a_part_that_was_never_reached_keeps_its_weights_until_it_is() -> None:
     assert num_zeros(conductor) == [32, 0]
     assert "nothing of blocks.1.weight" in conductor.notes[0]
     assert 'exclude: ["blocks.1.*"]' in conductor.notes[0]
+    assert conductor.broken == ("the masks of blocks.1.weight could not be chosen as due at step 2",)
     late = Sparsifier(schedule=Once(sparsity=0.5, at=2), scorer=Wanda())
     train(late, Rare(), [False] * 4 + [True] * 4)
     assert num_zeros(late) == [32, 32]
     assert late.report().sparsity == 0.5
+    assert late.broken == ()
 
 
 @pytest.mark.parametrize("scorer", [Wanda(), Wanda(scope="global"), Taylor()])

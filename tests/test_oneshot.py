@@ -436,15 +436,17 @@ def test_an_expert_without_tokens_stays_as_it_is_and_is_noted() -> None:
 
 
 class Tied(nn.Module):
-    """Uses one weight twice, by two layers or by calling a layer again, on inputs of different features."""
+    """Uses one weight twice on inputs of different features: of two layers, of one, or of two parameters."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.how = how
-        self.blocks = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(2)])
+        self.blocks = nn.ModuleList([nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(2)])
         if how == "one parameter":
             self.blocks[1].weight = self.blocks[0].weight
+        elif how == "one memory":
+            self.blocks[1].weight = nn.Parameter(self.blocks[0].weight.detach())
         else:
             self.blocks[1] = self.blocks[0]
 
@@ -453,20 +455,20 @@ class Tied(nn.Module):
         return Output(out.square().mean())
 
 
-@pytest.mark.parametrize("how", ["one parameter", "one layer"])
+@pytest.mark.parametrize("how", ["one parameter", "one layer", "one memory"])
 @pytest.mark.parametrize("scorer", [Wanda(), Wanda(scope="global"), Taylor()])
 def test_a_weight_that_is_used_in_several_places_is_scored_by_all_of_them(how: str, scorer: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.rand(6, 8, generator=generator), torch.rand(6, 8, generator=generator)
     left[:, 4:], right[:, :4] = left[:, 4:] / 100, right[:, :4] / 100
-    model = Tied(how).double()
+    model = Tied(how)
     weight = model.blocks[0].weight.detach().clone()
     batch = {"left": left.double(), "right": right.double() * 3}
     masks = prune(model, [batch], scorer=scorer).masks
     assert list(masks) == ["blocks.0.weight"]
     if isinstance(scorer, Taylor):
         score = torch.zeros_like(weight)
-        twin = Tied(how).double()
+        twin = Tied("one parameter")
         for row in range(6):
             twin.zero_grad()
             twin(batch["left"][row : row + 1], batch["right"][row : row + 1]).loss.backward()
