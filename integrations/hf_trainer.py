@@ -96,6 +96,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             takes_loss=lambda loss: _take_loss(trainer, loss),
             saves_whole=False,
             spare=args.output_dir,
+            label_smoothing=args.label_smoothing_factor,
         )
         check_place(kwargs.get("lr_scheduler"), state.global_step)
         self._clock_at = self.run.sparsifier.step
@@ -147,8 +148,6 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Detach, evaluate, report and export."""
         self.run.finish()
-        if self.run.recovery is not None and self.run.recovery.options.distill is not None:
-            calling_trainer()[0].compute_loss_func = None
 
     def state(self) -> dict[str, Any]:
         """Return what builds this callback again; inside a save, write the side file first.
@@ -214,8 +213,6 @@ def _let_go(trainer: Trainer) -> None:
     """Take everything of this library off a Trainer whose training has died."""
     for callback in _callbacks(trainer):
         callback.run.abort()
-        if callback.run.recovery is not None and callback.run.recovery.options.distill is not None:
-            trainer.compute_loss_func = None
 
 
 def _checkpoint_folder(trainer: Trainer) -> Path:
@@ -252,6 +249,9 @@ def calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
 
 
 def _take_loss(trainer: Trainer, loss: Any) -> None:
+    if loss is None:
+        trainer.compute_loss_func = None
+        return
     if trainer.compute_loss_func is not None:
         raise ValueError(
             "recover.distill gives the loss, and so does the compute_loss_func of this Trainer; leave out one of them"

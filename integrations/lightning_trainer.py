@@ -237,7 +237,7 @@ def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, a terminal is asked
 
 
 def _eval_batches(trainer: Trainer, module: LightningModule) -> Callable[[], Iterator[Any]] | None:

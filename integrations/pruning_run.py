@@ -107,6 +107,7 @@ class PruningRun:
         takes_loss: Callable[[Any], None] | None = None,
         saves_whole: bool = True,
         spare: str | Path | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         """Evaluate the dense model if asked to, then hold masks; collective.
 
@@ -120,6 +121,7 @@ class PruningRun:
             takes_loss: hands the trainer a loss function; None for one that trains on the model's own loss.
             saves_whole: whether the trainer's checkpoints hold the weights below adapters.
             spare: a folder of the trainer's, for an export that cannot be written where it should go.
+            label_smoothing: of the trainer, for a loss that takes the place of its own.
         """
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
@@ -132,10 +134,18 @@ class PruningRun:
         if self.recovery is not None:
             if self.recovery.prepared is not None and not _overlap(self.recovery.prepared, model):
                 raise ValueError("this callback has prepared another model since; give each Trainer one of its own")
-            self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
+            self.recovery.start(
+                model,
+                tokenizer=tokenizer,
+                eval_batches=eval_batches,
+                takes_loss=takes_loss,
+                label_smoothing=label_smoothing,
+            )
         if is_new:
             self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)
+        if self.recovery is not None:
+            self.recovery.begin()
         self._log_report()
         self._measure_pruned()
 
@@ -233,6 +243,8 @@ class PruningRun:
 
     def after_step(self) -> None:
         """Log and evaluate what an optimizer step has made due; collective."""
+        if self.recovery is not None:
+            self.recovery.after_step()
         self._log_report()
         self._measure_pruned()
         options = self.recipe.evaluate

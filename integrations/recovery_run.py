@@ -19,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune import distributed
 from lightning_prune.export.folder import PLAN_NAME
 from lightning_prune.integrations.language_model import language_model, replace_module
+from lightning_prune.integrations.recovery_lora import RecoveryLora
 from lightning_prune.recipe import Recipe, Recover
 from lightning_prune.recovery.distill import Distiller
 from lightning_prune.recovery.gap import Effort, HeldOutLoss, Measurement, RecoveryReport
 from lightning_prune.recovery.held_out import measure_loss
 from lightning_prune.recovery.reconstruct import ReconstructionReport, reconstruct
-from lightning_prune.recovery.retrain import Trainable, choose_trainable, count_trainable, parameters_of_part
+from lightning_prune.recovery.retrain import Trainable, choose_trainable, count_trainable
 from lightning_prune.recovery.teacher import self_teacher
 from lightning_prune.sparsifier import Sparsifier
 from lightning_prune.targets import Targets
@@ -57,31 +58,22 @@ class RecoveryRun:
         self.moments: dict[str, Measurement] = {}
         self.trainable = Trainable(0, 0)
         self._distiller: Distiller | None = None
+        self._takes_loss: Callable[[Any], None] | None = None
         self._teacher: nn.Module | None = None
         self._prepared: nn.Module | None = None
         self._eval_batches: Batches | None = None
         self._handles: list[RemovableHandle] = []
+        self._first_step = 0
         self._num_tokens: Tensor | int = 0
         self._seconds = 0.0
         self._since: float | None = None  # the moment from which time is counted, later by what measuring took
-        if self.options.lora is not None:
-            _peft().check_config(self.options.lora.form, self.options.lora.config)
-            if self.options.lora.form == "plain" and recipe.prune is not None and self._merges:
-                raise ValueError(
-                    "recover.lora.form plain is dense, so merging it would fill the zeros that this recipe prunes; use "
-                    "form masked or scaled, or export.format adapter"
-                )
+        self._lora = None if self.options.lora is None else RecoveryLora(recipe, sparsifier)
         distill = self.options.distill
         if distill is not None and distill.teacher == "self" and recipe.prune is None:
             raise ValueError(
                 "recover.distill.teacher self is the model as it is before this recipe prunes it, but there is no "
                 "section prune; name the folder of the dense model"
             )
-
-    @property
-    def _merges(self) -> bool:
-        export = self.recipe.export
-        return export is not None and export.dir is not None and export.format != "adapter"
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Change what is trained, before optimizers are made.
@@ -111,8 +103,8 @@ class RecoveryRun:
         if self.options.distill is not None and self.options.distill.teacher == "self":
             self._teacher = self_teacher(found, dtype=self.options.distill.teacher_dtype)
         before = sum(parameter.numel() for parameter in found.parameters())
-        if self.options.lora is not None:
-            module = replace_module(module, found, self._with_lora(found))
+        if self._lora is not None:
+            module = replace_module(module, found, self._lora.wrap(found))
         elif self.options.retrain:
             choose_trainable(found, self.options.retrain)
         trained = count_trainable(module)
@@ -134,7 +126,7 @@ class RecoveryRun:
     @property
     def has_lora(self) -> bool:
         """Return whether adapters are trained."""
-        return self.options.lora is not None
+        return self._lora is not None
 
     def export_adapter(self, wrapped: nn.Module, folder: str, **options: Any) -> None:
         """Write the adapter and its masks into a new folder; options are those of `peft_merge.export_adapter`."""
@@ -150,50 +142,6 @@ class RecoveryRun:
         found: Report = _merging().measure_merged(base, state, report)
         return found
 
-    def _with_lora(self, model: nn.Module) -> nn.Module:
-        options, adapters = self.options.lora, _peft()
-        assert options is not None
-        mask_of = self.sparsifier.mask_of
-
-        def held(parameter: Tensor) -> Tensor | None:  # a plain function: copies of the model share it
-            return mask_of(parameter)
-
-        if isinstance(model, adapters.PeftModel):
-            if options.config or self.options.retrain:
-                given = "recover.lora.config" if options.config else "recover.retrain"
-                raise ValueError(
-                    f"this program makes a LoRA by itself, so {given} would contradict it; leave it out and use the "
-                    "program's own options (bias, modules_to_save)"
-                )
-            adapters.take_over_lora(model, form=options.form, masks=held)
-            wrapped = model
-        else:
-            config, saved = self._with_parts(model, options.config)
-            with torch.random.fork_rng():  # the same start in every trainer and on every rank
-                torch.manual_seed(self.recipe.seed)
-                wrapped = adapters.add_lora(model, form=options.form, config=config, masks=held, modules_to_save=saved)
-        self.sparsifier.surrogate = adapters.LoraGradients(wrapped)
-        if self._merges:
-            _merging().check_merge(wrapped)
-        return wrapped
-
-    def _with_parts(self, model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Return the LoRA's configuration and the modules trained whole, for the parts that `retrain` names."""
-        result, saved = dict(config), []
-        for part in self.options.retrain:
-            names = parameters_of_part(model, part)
-            if part == "biases":
-                result.setdefault("bias", "all")
-                continue
-            is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
-            if part in ("head", "embeddings") and is_tied:
-                raise ValueError(
-                    f"recover.retrain: {part} beside a LoRA would train a copy of a weight that head and embeddings "
-                    "share, and untie them; leave it out, or retrain without lora"
-                )
-            saved += [name.rpartition(".")[0] for name in names]
-        return result, list(dict.fromkeys(saved))
-
     def start(
         self,
         module: nn.Module,
@@ -201,6 +149,7 @@ class RecoveryRun:
         tokenizer: Any,
         eval_batches: Batches | None,
         takes_loss: Callable[[Any], None] | None,
+        label_smoothing: float = 0.0,
     ) -> None:
         """Distill if asked to, and count tokens and time from here on.
 
@@ -208,11 +157,12 @@ class RecoveryRun:
             module: what is trained, as the trainer has wrapped or sharded it.
             tokenizer: of the student, to compare with the teacher's; None if there is none.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
-            takes_loss: hands the trainer a function of (outputs, labels, num_items_in_batch) that gives the loss; None
-                for a trainer that trains on the loss in the model's output.
+            takes_loss: hands the trainer a function of (outputs, labels, num_items_in_batch) that gives the loss, and
+                None when it is to have its own again; None for one that trains on the loss in the model's output.
+            label_smoothing: of the trainer, which the distillation's loss takes the place of.
 
         Raises:
-            ValueError: if `prepare` was not called before.
+            ValueError: if `prepare` was not called before, or the teacher does not fit.
         """
         if self._prepared is None:
             raise ValueError(
@@ -223,11 +173,13 @@ class RecoveryRun:
         found = language_model(module)
         assert found is not None
         if self.options.distill is not None:
-            self._distill(found, tokenizer, takes_loss)
+            self._distill(found, tokenizer, takes_loss, label_smoothing)
         self._handles.append(found.register_forward_pre_hook(self._count, with_kwargs=True))
         self._since = time.monotonic()
 
-    def _distill(self, model: nn.Module, tokenizer: Any, takes_loss: Callable[[Any], None] | None) -> None:
+    def _distill(
+        self, model: nn.Module, tokenizer: Any, takes_loss: Callable[[Any], None] | None, label_smoothing: float
+    ) -> None:
         opening = importlib.import_module("lightning_prune.integrations.hf_teacher")
         self._distiller = opening.distiller_of(
             self.options.distill,
@@ -236,9 +188,23 @@ class RecoveryRun:
             device=distributed.local(next(model.parameters()).detach()).device,
             rank=distributed.rank(),
         )
-        self._distiller.attach(model, replace_loss=takes_loss is None)
+        self._distiller.attach(model, replace_loss=takes_loss is None, label_smoothing=label_smoothing)
         if takes_loss is not None:
             takes_loss(self._distiller.loss)
+            self._takes_loss = takes_loss
+
+    def begin(self) -> None:
+        """Take the optimizer steps so far as those before this training; the masks are attached."""
+        self._first_step = self.sparsifier.step
+
+    def after_step(self) -> None:
+        """Check, once an optimizer step was taken, that it was one towards the teacher.
+
+        Raises:
+            ValueError: if the trainer never took the gradient of the distillation's loss.
+        """
+        if self._distiller is not None and self.sparsifier.step > self._first_step:
+            self._distiller.check_taught()
 
     def metrics(self) -> dict[str, float]:
         """Return the terms of the distillation in the last training call, for the trainer's log."""
@@ -246,13 +212,15 @@ class RecoveryRun:
         return {f"distill/{name}": value for name, value in found.items()}
 
     def stop(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model, and the loss out of the trainer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self._distiller is not None:
             self._distiller.detach()
-        self._distiller = self._teacher = None
+        if self._takes_loss is not None:
+            self._takes_loss(None)
+        self._distiller = self._teacher = self._takes_loss = None
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -362,6 +330,10 @@ def _inner(model: nn.Module) -> nn.Module:
     return found
 
 
+def _merging() -> Any:
+    return importlib.import_module("lightning_prune.integrations.peft_merge")
+
+
 def _check_pruned(model: nn.Module) -> None:
     """Refuse a model that is neither sparse nor cut.
 
@@ -381,11 +353,3 @@ def _check_pruned(model: nn.Module) -> None:
         f"{folder or 'its folder'} holds no {PLAN_NAME}; prune it first (lightning-prune oneshot), add a section "
         "prune, or set recover.requires: any"
     )
-
-
-def _peft() -> Any:
-    return importlib.import_module("lightning_prune.integrations.peft_lora")
-
-
-def _merging() -> Any:
-    return importlib.import_module("lightning_prune.integrations.peft_merge")

@@ -392,6 +392,52 @@ def test_a_term_that_no_gradient_reaches_is_refused() -> None:
         attached(Distill(hidden=Hidden()), student).loss(student(input_ids=IDS), LABELS)
 
 
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("missing", [[0], [1], [0, 1, 2]])
+def test_hidden_states_that_are_missing_in_part_are_refused(side: str, missing: list[int]) -> None:
+    def without(module: nn.Module, args: object, output: Any) -> Any:
+        states = list(output.hidden_states)
+        output.hidden_states = tuple(None if index in missing else state for index, state in enumerate(states))
+        return output
+
+    student, taught = tiny_llama().train(), teacher()
+    (student if side == "student" else taught).register_forward_hook(without)
+    distiller = attached(Distill(hidden=Hidden()), student, taught)
+    with pytest.raises(ValueError, match=rf"the {side} returns no hidden_states; leave out distill.hidden"):
+        distiller.loss(student(input_ids=IDS), LABELS)
+
+
+def test_a_teacher_in_bfloat16_teaches_what_its_rounded_logits_say() -> None:
+    student, taught = tiny_llama().train(), teacher().to(torch.bfloat16)
+    distiller = attached(Distill(hidden=Hidden(weight=0.5, distance=SquaredError())), student, taught)
+    loss = distiller.loss(student(input_ids=IDS), LABELS)
+    loss.backward()
+    with torch.no_grad():
+        others = taught(input_ids=IDS).logits.float()
+    own = student(input_ids=IDS).logits
+    counts = LABELS[:, 1:] != -100
+    log_q, p = own[:, :-1][counts].log_softmax(-1), others[:, :-1][counts].softmax(-1)
+    expected = functional.kl_div(log_q, p, reduction="batchmean").item()
+    assert distiller.metrics()["kd"] == pytest.approx(expected, rel=1e-5)
+    assert all(grad.isfinite().all() for grad in gradients(student))
+
+
+def test_a_teacher_with_a_padded_head_teaches_over_the_tokens_they_share(tmp_path: Path) -> None:
+    student, taught = tiny_llama().train(), tiny_llama(seed=1)
+    expected = reference(student, taught, IDS, LABELS)
+    taught.resize_token_embeddings(72)
+    for options in (
+        Distill(num_tokens=64),
+        Distill(num_tokens=64, top_k=63),
+        Distill(num_tokens=64, top_k=63, cache_dir=str(tmp_path)),
+    ):
+        for _ in range(2 if options.cache_dir else 1):  # from the teacher, then from the disk
+            loss = attached(options, student, taught).loss(student(input_ids=IDS), LABELS)
+            torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-3 if options.cache_dir else 1e-5)
+    with pytest.raises(ValueError, match="the teacher has a vocabulary of 72 tokens, the student of 64"):
+        attached(Distill(), student, taught).loss(student(input_ids=IDS), LABELS)
+
+
 def test_models_that_do_not_fit_are_refused() -> None:
     student = tiny_llama().train()
     with pytest.raises(ValueError, match="returned BaseModelOutputWithPast without them"):
