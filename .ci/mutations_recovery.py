@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "the trainer's label smoothing is honoured",
         f"{ADAPTERS}/hf_trainer.py",
-        "label_smoothing=args.label_smoothing_factor,",
-        "label_smoothing=0.0,",
+        "return trainer.args.label_smoothing_factor",
+        "return 0.0",
         "tests/integrations/test_recovery_run.py -k smoothing",
     ),
     Mutation(

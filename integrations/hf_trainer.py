@@ -96,7 +96,6 @@ class PruningCallback(TrainerCallback, ExportableState):
             takes_loss=lambda loss: _take_loss(trainer, loss),
             saves_whole=False,
             spare=args.output_dir,
-            label_smoothing=args.label_smoothing_factor,
         )
         check_place(kwargs.get("lr_scheduler"), state.global_step)
         self._clock_at = self.run.sparsifier.step
@@ -248,15 +247,14 @@ def calling_trainer() -> "tuple[Trainer, str | os.PathLike[str] | None]":
     return trainer, folder if isinstance(folder, str | os.PathLike) else None
 
 
-def _take_loss(trainer: Trainer, loss: Any) -> None:
-    if loss is None:
-        trainer.compute_loss_func = None
-        return
-    if trainer.compute_loss_func is not None:
+def _take_loss(trainer: Trainer, loss: Any) -> float:
+    """Give the Trainer a loss, or None for its own; return its label smoothing, which that loss must do itself."""
+    if loss is not None and trainer.compute_loss_func is not None:
         raise ValueError(
             "recover.distill gives the loss, and so does the compute_loss_func of this Trainer; leave out one of them"
         )
     trainer.compute_loss_func = loss
+    return trainer.args.label_smoothing_factor
 
 
 def _eval_batches(trainer: Trainer) -> Iterator[dict[str, Tensor]]:

@@ -7,11 +7,12 @@ Shapes: O output features, I input features, R rank; ... any leading dimensions.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.recovery.lora_options import LoraForm
 from lightning_prune.recovery.low_rank import LowRankForm, effective_weight, low_rank_linear, start_low_rank
 
 try:
@@ -20,9 +21,8 @@ try:
 except ImportError as error:
     raise ImportError('LoRA recovery needs peft: pip install "lightning_prune[peft]"') from error
 
-__all__ = ["GuardedLoraLinear", "LoraForm", "MaskOf", "MaskedLoraLinear", "change_class", "keep_of"]
+__all__ = ["GuardedLoraLinear", "MaskOf", "MaskedLoraLinear", "change_class", "keep_of"]
 
-LoraForm = Literal["masked", "scaled", "plain"]
 MaskOf = Callable[[Tensor], Tensor | None]
 
 

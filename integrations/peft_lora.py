@@ -8,15 +8,16 @@ makes stock PEFT refuse to open it as a plain LoRA, which it is not; `open_adapt
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_prune import distributed
-from lightning_prune.integrations.peft_layers import LoraForm, LoraLinear, MaskOf, change_class
+from lightning_prune.integrations.peft_layers import LoraLinear, MaskOf, change_class
 from lightning_prune.integrations.peft_quantized import is_quantized, mask_quantized
 from lightning_prune.masks import unpack
 from lightning_prune.names import shorten, unknown
+from lightning_prune.recovery.lora_options import LoraForm, check_lora
 from lightning_prune.saved_state import load_file
 from lightning_prune.targets import Targets, is_linear
 
@@ -57,23 +58,13 @@ def check_config(form: str, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the form or a field is unknown, or the form has no use for a field.
     """
-    if form not in get_args(LoraForm):
-        raise ValueError(f"recover.lora.form must be one of {', '.join(get_args(LoraForm))}, got {form!r}")
+    check_lora(form, config)
     known = list(LoraConfig.__dataclass_fields__)
     for name in config:
-        if name not in known:
+        if name not in known:  # to an older PEFT
             raise ValueError(
                 unknown("key", f"recover.lora.config.{name}", [f"recover.lora.config.{one}" for one in known])
             )
-    if form != "plain":
-        for name in ("lora_dropout", "use_dora", "lora_bias"):
-            if config.get(name):
-                raise ValueError(
-                    f"form {form} multiplies by one finished weight, which leaves no place for {name}; remove it from "
-                    "recover.lora.config"
-                )
-        if config.get("init_lora_weights", True) is not True:
-            raise ValueError(f"form {form} has a start of its own; remove init_lora_weights from recover.lora.config")
     try:
         LoraConfig(**config)
     except (TypeError, ValueError) as error:

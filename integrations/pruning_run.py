@@ -104,10 +104,9 @@ class PruningRun:
         tokenizer: Any,
         log: Log,
         eval_batches: Batches | None = None,
-        takes_loss: Callable[[Any], None] | None = None,
+        takes_loss: Callable[[Any], float] | None = None,
         saves_whole: bool = True,
         spare: str | Path | None = None,
-        label_smoothing: float = 0.0,
     ) -> None:
         """Evaluate the dense model if asked to, then hold masks; collective.
 
@@ -118,10 +117,9 @@ class PruningRun:
             tokenizer: of the language model in it, or None; needed for evaluation.
             log: sends metrics to the trainer's logger.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
-            takes_loss: hands the trainer a loss function; None for one that trains on the model's own loss.
+            takes_loss: see `RecoveryRun.start`.
             saves_whole: whether the trainer's checkpoints hold the weights below adapters.
             spare: a folder of the trainer's, for an export that cannot be written where it should go.
-            label_smoothing: of the trainer, for a loss that takes the place of its own.
         """
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
@@ -134,13 +132,7 @@ class PruningRun:
         if self.recovery is not None:
             if self.recovery.prepared is not None and not _overlap(self.recovery.prepared, model):
                 raise ValueError("this callback has prepared another model since; give each Trainer one of its own")
-            self.recovery.start(
-                model,
-                tokenizer=tokenizer,
-                eval_batches=eval_batches,
-                takes_loss=takes_loss,
-                label_smoothing=label_smoothing,
-            )
+            self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
         if is_new:
             self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)

@@ -58,7 +58,7 @@ class RecoveryRun:
         self.moments: dict[str, Measurement] = {}
         self.trainable = Trainable(0, 0)
         self._distiller: Distiller | None = None
-        self._takes_loss: Callable[[Any], None] | None = None
+        self._takes_loss: Callable[[Any], float] | None = None
         self._teacher: nn.Module | None = None
         self._prepared: nn.Module | None = None
         self._eval_batches: Batches | None = None
@@ -148,8 +148,7 @@ class RecoveryRun:
         *,
         tokenizer: Any,
         eval_batches: Batches | None,
-        takes_loss: Callable[[Any], None] | None,
-        label_smoothing: float = 0.0,
+        takes_loss: Callable[[Any], float] | None,
     ) -> None:
         """Distill if asked to, and count tokens and time from here on.
 
@@ -157,9 +156,9 @@ class RecoveryRun:
             module: what is trained, as the trainer has wrapped or sharded it.
             tokenizer: of the student, to compare with the teacher's; None if there is none.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
-            takes_loss: hands the trainer a function of (outputs, labels, num_items_in_batch) that gives the loss, and
-                None when it is to have its own again; None for one that trains on the loss in the model's output.
-            label_smoothing: of the trainer, which the distillation's loss takes the place of.
+            takes_loss: hands the trainer a function of (outputs, labels, num_items_in_batch) that gives the loss, or
+                None when it is to have its own again, and returns the trainer's label smoothing; None for a trainer
+                that trains on the loss in the model's output.
 
         Raises:
             ValueError: if `prepare` was not called before, or the teacher does not fit.
@@ -173,13 +172,11 @@ class RecoveryRun:
         found = language_model(module)
         assert found is not None
         if self.options.distill is not None:
-            self._distill(found, tokenizer, takes_loss, label_smoothing)
+            self._distill(found, tokenizer, takes_loss)
         self._handles.append(found.register_forward_pre_hook(self._count, with_kwargs=True))
         self._since = time.monotonic()
 
-    def _distill(
-        self, model: nn.Module, tokenizer: Any, takes_loss: Callable[[Any], None] | None, label_smoothing: float
-    ) -> None:
+    def _distill(self, model: nn.Module, tokenizer: Any, takes_loss: Callable[[Any], float] | None) -> None:
         opening = importlib.import_module("lightning_prune.integrations.hf_teacher")
         self._distiller = opening.distiller_of(
             self.options.distill,
@@ -188,10 +185,11 @@ class RecoveryRun:
             device=distributed.local(next(model.parameters()).detach()).device,
             rank=distributed.rank(),
         )
-        self._distiller.attach(model, replace_loss=takes_loss is None, label_smoothing=label_smoothing)
+        label_smoothing = 0.0
         if takes_loss is not None:
-            takes_loss(self._distiller.loss)
+            label_smoothing = takes_loss(self._distiller.loss)
             self._takes_loss = takes_loss
+        self._distiller.attach(model, replace_loss=takes_loss is None, label_smoothing=label_smoothing)
 
     def begin(self) -> None:
         """Take the optimizer steps so far as those before this training; the masks are attached."""

@@ -1,6 +1,5 @@
 """The sections of a recipe: one frozen set of options each, checked as far as a section can be on its own."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -8,9 +7,9 @@ from lightning_prune.allocations.uniform import Uniform
 from lightning_prune.bounds import at_least
 from lightning_prune.granularity import Unstructured
 from lightning_prune.guard import MetricGuard
-from lightning_prune.recipe_values import read
 from lightning_prune.recovery.distill_options import Distill
 from lightning_prune.recovery.learning_rate import LearningRate
+from lightning_prune.recovery.lora_options import LoraForm, check_lora
 from lightning_prune.recovery.reconstruct_options import Reconstruct
 from lightning_prune.recovery.retrain import Part
 from lightning_prune.scorers.magnitude import Magnitude
@@ -19,25 +18,6 @@ from lightning_prune.targets import Targets
 from lightning_prune.types import Allocation, Granularity, Schedule, Scorer
 
 __all__ = ["Evaluate", "Export", "Lora", "Prune", "Recover", "ReportOptions", "Shrink"]
-
-
-# The fields of PEFT's LoraConfig that are written by hand; PEFT, imported for a training only, checks the others.
-_LORA_FIELDS: Mapping[str, Any] = {
-    "r": int,
-    "lora_alpha": int | float,
-    "lora_dropout": float,
-    "target_modules": str | list[str],
-    "exclude_modules": str | list[str],
-    "modules_to_save": list[str],
-    "layers_to_transform": int | list[int],
-    "bias": Literal["none", "all", "lora_only"],
-    "use_rslora": bool,
-    "use_dora": bool,
-    "fan_in_fan_out": bool,
-    "task_type": str,
-    "rank_pattern": dict[str, int],
-    "alpha_pattern": dict[str, int],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +56,11 @@ class Lora:
             makes a LoRA by itself, its own options hold and this must be empty.
     """
 
-    form: Literal["masked", "scaled", "plain"] = "masked"
+    form: LoraForm = "masked"
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        place = "recover.lora.config"
-        values = {
-            name: read(_LORA_FIELDS.get(name, Any), value, f"{place}.{name}") for name, value in self.config.items()
-        }
-        if values.get("r", 1) < 1:
-            raise ValueError(f"{place}.r must be 1 or more, got {values['r']}")
-        if values.get("lora_alpha", 1) <= 0:
-            raise ValueError(f"{place}.lora_alpha must be above 0, got {values['lora_alpha']}; at 0 nothing is learned")
-        if not 0 <= values.get("lora_dropout", 0) < 1:
-            raise ValueError(f"{place}.lora_dropout must be in [0, 1), got {values['lora_dropout']}")
-        if values.get("target_modules", ["all"]) == []:
-            raise ValueError(f"{place}.target_modules is empty, so no layer would get an adapter; name some")
+        check_lora(self.form, self.config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,7 @@ FLOORS: dict[str, float] = {
     "recovery.passages": 2.1,
     "recovery.distill_options": 2.3,
     "recovery.reconstruct_options": 2,
+    "recovery.lora_options": 4.45,
     "recovery.teacher_targets": 3,
     "recovery": 4,
     "recovery.reading_order": 3,

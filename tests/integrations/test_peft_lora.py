@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import NM, Once, Sparsifier, Unstructured
-from lightning_prune.integrations.peft_layers import LoraForm
 from lightning_prune.integrations.peft_lora import (
     add_lora,
     check_config,
@@ -21,6 +20,7 @@ from lightning_prune.integrations.peft_lora import (
     take_over_lora,
 )
 from lightning_prune.integrations.peft_merge import check_merge, export_adapter, merge, merged_state
+from lightning_prune.recovery.lora_options import LoraForm
 from tests.structured.families import build
 from tests.tiny_models import recompute_activations
 
@@ -50,6 +50,31 @@ def train(model: nn.Module, *, num_steps: int = 4) -> list[float]:
     return losses
 
 
+def train_by_hand(model: nn.Module, wrapped: nn.Module, masks: dict[str, Tensor], form: LoraForm) -> list[float]:
+    """Take the steps of `train` with every weight written out, from the factors that the adapters start with."""
+    weights, factors, layers = {}, [], dict(lora_layers(wrapped))
+    for name, layer in layers.items():
+        pair = [side["default"].weight.detach().clone().requires_grad_() for side in (layer.lora_A, layer.lora_B)]
+        factors += pair
+        weights[f"{name.removeprefix('base_model.model.')}.weight"] = (layer, *pair)
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    losses = []
+    for _ in range(4):
+        effective = {}
+        for name, (layer, down_RI, up_OR) in weights.items():
+            product_OI = up_OR @ down_RI
+            product = product_OI.T if layer.fan_in_fan_out else product_OI
+            base = layer.get_base_layer().weight.detach()
+            added = base + layer.scaling["default"] * torch.where(masks[name], product, 0.0)
+            effective[name] = base * product if form == "scaled" else added
+        loss = torch.func.functional_call(model, effective, kwargs={"input_ids": IDS, "labels": IDS}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     found: Tensor = model.eval()(input_ids=IDS).logits
@@ -65,11 +90,11 @@ def zeros_are_masks(weights: Iterable[tuple[str, Tensor]], masks: dict[str, Tens
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_unmerged_and_zeros_are_the_masks(family: str, form: LoraForm) -> None:
     model, masks = pruned(family)
-    before = logits(model)
+    before, twin = logits(model), copy.deepcopy(model)
     wrapped = add_lora(model, form=form, config={"r": 4}, masks=masks)
     assert torch.allclose(logits(wrapped), before, atol=1e-6)
-    losses = train(wrapped)
-    assert losses[-1] < losses[0]
+    by_hand = train_by_hand(twin, wrapped, masks, form)
+    assert train(wrapped) == pytest.approx(by_hand, abs=1e-5)
     trained = logits(wrapped)
     assert not torch.allclose(trained, before, atol=1e-3)
     merged = merge(wrapped)
@@ -152,7 +177,11 @@ def test_a_single_zero_of_a_dense_weight_is_no_mask() -> None:
     wrapped = add_lora(model, form="plain", config={"r": 4})
     train(wrapped)
     trained = logits(wrapped)
-    torch.testing.assert_close(logits(merge(wrapped)), trained, rtol=0, atol=1e-5)
+    found = merged_state(wrapped, wrapped.state_dict())
+    merged = merge(wrapped)
+    torch.testing.assert_close(logits(merged), trained, rtol=0, atol=1e-5)
+    assert all(torch.equal(value, found[name]) for name, value in merged.state_dict().items())
+    assert found["model.layers.0.self_attn.q_proj.weight"][0, 0] != 0
 
 
 def test_bfloat16_weights_are_merged_in_float32() -> None:
@@ -280,6 +309,29 @@ def test_two_adapters_at_once_are_refused() -> None:
     wrapped.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="one adapter at a time"):
         logits(wrapped)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_adapter_is_not_merged_into_what_the_first_has_made(form: LoraForm) -> None:
+    model, masks = pruned()
+    wrapped = add_lora(model, form=form, config={"r": 4, "target_modules": ["q_proj"]}, masks=masks)
+    wrapped.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    layer: Any = wrapped.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match=r"merges one adapter, got \['default', 'second'\]"):
+        layer.merge(adapter_names=["default", "second"])
+    assert torch.equal(layer.base_layer.weight, before)
+    layer.merge(adapter_names=["default"])
+    merged = layer.base_layer.weight.clone()
+    with (
+        pytest.warns(UserWarning, match="additionally merging second"),
+        pytest.raises(ValueError, match=r"merges one adapter, got \['default', 'second'\]"),
+    ):
+        layer.merge(adapter_names=["second"])
+    assert torch.equal(layer.base_layer.weight, merged)
+    assert layer.merged_adapters == ["default"]
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_gradient_checkpointing_and_copies_work() -> None:
