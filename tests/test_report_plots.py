@@ -1,10 +1,41 @@
 """The plots: how targets are arranged into a grid, and when there is nothing to draw."""
 
+import io
+import math
+
 import pytest
+from matplotlib.image import imread
 
-from lightning_prune.report_plots import Grid, draw_heatmap, draw_history, draw_recovery, group_targets
+from lightning_prune import report_plots
+from lightning_prune.report_plots import DARK, LIGHT, Grid, draw_heatmap, draw_history, draw_recovery, group_targets
 
-PNG = b"\x89PNG\r\n\x1a\n"
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Collect every figure at the moment it becomes a picture."""
+    found = []
+    finish = report_plots._png
+
+    def keep(figure, theme):
+        found.append(figure)
+        return finish(figure, theme)
+
+    monkeypatch.setattr(report_plots, "_png", keep)
+    return found
+
+
+def pixels(picture):
+    """Return a picture as (rows, columns, 4) numbers in [0, 1], which only a whole PNG gives."""
+    return imread(io.BytesIO(picture), format="png")
+
+
+def lines(axes):
+    """Return the points of the lines, with the label of each."""
+    return {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.get_lines()}
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
 
 
 def target(name, num_zeros, num_weights=100):
@@ -44,9 +75,31 @@ def test_modules_of_a_plain_sequence():
 
 
 @pytest.mark.parametrize("num_layers", [1, 80])
-def test_heat_map_is_drawn_at_any_depth(num_layers):
+def test_heat_map_shows_every_layer_at_any_depth(num_layers, figures):
     grid = group_targets([target(f"layers.{idx}.fc.weight", idx) for idx in range(num_layers)])
-    assert draw_heatmap(grid).startswith(PNG)
+    picture = pixels(draw_heatmap(grid))
+    (figure,) = figures
+    (image,) = figure.axes[0].images
+    assert image.get_array().tolist() == [[idx / 100] for idx in range(num_layers)]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["fc"]
+    every = 1 if num_layers == 1 else 2
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        str(idx) for idx in range(0, num_layers, every)
+    ]
+    assert texts(figure.axes[0]) == (["0.0"] if num_layers == 1 else [])
+    assert picture.shape[:2] == tuple(round(160 * inches) for inches in figure.get_size_inches()[::-1])
+
+
+def test_heat_map_leaves_what_is_no_target_empty_and_its_colours_span_whole_tens(figures):
+    grid = Grid(("0", "1"), ("q", "k"), ((0.31, None), (0.78, 0.5)))
+    pixels(draw_heatmap(grid, DARK))
+    (figure,) = figures
+    (image,) = figure.axes[0].images
+    assert image.get_clim() == pytest.approx((0.3, 0.8))
+    assert math.isnan(image.get_array().filled(math.nan)[0, 1])
+    assert texts(figure.axes[0]) == ["31.0", "78.0", "50.0"]
+    colours = [text.get_color() for text in figure.axes[0].texts]
+    assert colours == [DARK.text, DARK.surface, DARK.text]  # the strongest cell is written on in the other colour
 
 
 def test_nothing_to_draw():
@@ -56,25 +109,70 @@ def test_nothing_to_draw():
     assert draw_history([{"step": 1, "grad_norm": 2.0}, {"step": 2, "grad_norm": 2.0}]) is None
 
 
-def test_one_of_two_panels_is_enough():
-    assert draw_history([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "eval_loss": 2.0}]).startswith(PNG)
-    assert draw_history([{"step": 1, "sparsity": 0.1}, {"step": 2, "sparsity": 0.2}]).startswith(PNG)
+def test_history_draws_sparsity_above_every_loss_and_leaves_out_what_is_not_finite(figures):
+    history = [
+        {"step": 1, "loss": 2.0, "sparsity": 0.1, "grad_norm": 3.0},
+        {"step": 2, "loss": float("nan"), "eval_loss": 2.5, "sparsity": 0.2},
+        {"step": 4, "loss": 1.5, "eval_loss": 2.25},
+    ]
+    pixels(draw_history(history))
+    above, below = figures[0].axes
+    assert list(lines(above).values()) == [[(1, 0.1), (2, 0.2)]]
+    assert above.get_lines()[0].get_drawstyle() == "steps-post"  # a mask holds until the next update
+    assert lines(below) == {"loss": [(1, 2.0), (4, 1.5)], "eval_loss": [(2, 2.5), (4, 2.25)]}
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["loss", "eval_loss"]
+    assert (above.get_xlabel(), below.get_xlabel()) == ("", "optimizer step")
+
+
+def test_one_of_two_panels_is_enough(figures):
+    pixels(draw_history([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "eval_loss": 2.0}]))
+    pixels(draw_history([{"step": 1, "sparsity": 0.1}, {"step": 2, "sparsity": 0.2}]))
+    (loss,), (sparsity,) = (figure.axes for figure in figures)
+    assert lines(loss) == {"loss": [(1, 2.0), (2, 1.5)]}
+    assert loss.get_legend() is None
+    assert list(lines(sparsity).values()) == [[(1, 0.1), (2, 0.2)]]
+
+
+def test_themes_differ_in_what_they_are_drawn_on():
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    corners = [pixels(draw_history(history, theme))[0, 0, :3].tolist() for theme in (LIGHT, DARK)]
+    wanted = [[int(theme.surface[start : start + 2], 16) / 255 for start in (1, 3, 5)] for theme in (LIGHT, DARK)]
+    assert corners == [pytest.approx(colour, abs=1e-3) for colour in wanted]
 
 
 def test_drawing_leaves_pyplot_alone():
-    import sys
+    from matplotlib import pyplot
 
-    draw_history([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
-    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    before, own = pyplot.get_backend(), pyplot.figure()
+    try:
+        draw_history([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
+        assert (pyplot.get_backend(), pyplot.get_fignums(), pyplot.gcf()) == (before, [own.number], own)
+    finally:
+        pyplot.close(own)
 
 
 def gap(task, before, pruned, recovered, share):
     return {"task": task, "metric": "m", "before": before, "pruned": pruned, "recovered": recovered, "share": share}
 
 
-def test_recovery_is_drawn_from_a_loss_measured_twice_or_a_share():
-    assert draw_recovery([gap("", 1.5, 2.5, 1.75, 0.75), gap("$x$", 0.6, 0.5, 0.1, -4.0)]).startswith(PNG)
-    assert draw_recovery([gap("", None, 2.5, 1.75, None)]).startswith(PNG)
-    assert draw_recovery([gap("t", 0.6, 0.5, 0.7, 2.0)]).startswith(PNG)
+def test_recovery_is_drawn_from_a_loss_measured_twice_or_a_share(figures):
+    pixels(draw_recovery([gap("", 1.5, 2.5, 1.75, 0.75), gap("$x$", 0.6, 0.5, 0.1, -4.0)]))
+    pixels(draw_recovery([gap("", None, 2.5, 1.75, None)]))
+    pixels(draw_recovery([gap("t", 0.6, 0.5, 0.7, 2.0)]))
+    both, loss_alone, share_alone = figures
+    moments, shares = both.axes
+    dense, course = moments.get_lines()
+    assert set(dense.get_ydata()) == {1.5}  # a line across at the level of the dense model
+    assert list(zip(*course.get_data(), strict=True)) == [(0, 1.5), (1, 2.5), (2, 1.75)]
+    assert texts(moments) == ["1.5", "2.5", "1.75"]
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["loss", "$x$: m"]
+    assert [bar.get_width() for bar in shares.patches] == [1.0, 1.0, 0.75, -0.25]  # drawn to -25 %, said in full
+    assert texts(shares) == ["75%", "-400%"]
+    (axes,) = loss_alone.axes
+    (course,) = axes.get_lines()
+    assert list(course.get_ydata()) == [2.5, 1.75]
+    (axes,) = share_alone.axes
+    assert [bar.get_width() for bar in axes.patches] == [1.0, 1.25]
+    assert texts(axes) == ["200%"]
     assert draw_recovery([gap("", None, float("inf"), 1.75, None), gap("t", None, 0.5, 0.7, None)]) is None
     assert draw_recovery([]) is None

@@ -213,17 +213,21 @@ def test_embeddings_can_be_resized_and_training_goes_on() -> None:
     small.resize_token_embeddings(70)
     assert small.config.vocab_size == 70
     torch.testing.assert_close(logits(small, tokens())[..., :64], before)
+    twin = copy.deepcopy(small)
     recompute_activations(small)
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
     ids = tokens()
     losses = []
-    for _ in range(5):
-        loss = small(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    for model in (small, twin):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    recomputed, kept = losses[:5], losses[5:]
+    assert recomputed == pytest.approx(kept, abs=1e-6)
+    assert kept == sorted(kept, reverse=True)
 
 
 def test_adapters_go_on_top() -> None:

@@ -149,8 +149,9 @@ def test_only_the_neighbours_change_and_padding_counts_for_nothing() -> None:
 
 def test_bfloat16_models_are_fused_in_float32() -> None:
     model = four_blocks().to(torch.bfloat16)
-    plan = FuseGPT(num_blocks=1, training=SHORT).plan(model, discover(model), BATCHES, progress=False)
-    assert plan.method["losses"][0][-1] < plan.method["losses"][0][0]
+    exact, method = four_blocks(), FuseGPT(num_blocks=1, training=SHORT)
+    plan, wanted = (method.plan(one, discover(one), BATCHES, progress=False) for one in (model, exact))
+    assert plan.method["losses"][0] == pytest.approx(wanted.method["losses"][0], rel=0.05)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert shrink(model, plan).config.num_hidden_layers == 3
 
