@@ -39,10 +39,6 @@ def _whole_copy(model: nn.Module) -> dict[str, Tensor]:
     return {clean_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in model.named_parameters()}
 
 
-def _overlap(one: nn.Module, other: nn.Module) -> bool:
-    return not set(one.modules()).isdisjoint(other.modules())
-
-
 class PruningRun:
     """One recipe at work in one training.
 
@@ -88,7 +84,7 @@ class PruningRun:
         """
         if self.recovery is None:
             return module
-        if (before := self.recovery.prepared) is not None and _overlap(before, module):
+        if (before := self.recovery.prepared) is not None and self.recovery.has_prepared(module):
             return before
         if before is not None:
             self.recovery = self.export.recovery = RecoveryRun(self.recipe, self.sparsifier)
@@ -130,8 +126,6 @@ class PruningRun:
         self.last_step = self.sparsifier.schedule.resolve(total_steps)[1]
         is_new = not self.sparsifier.is_restoring
         if self.recovery is not None:
-            if self.recovery.prepared is not None and not _overlap(self.recovery.prepared, model):
-                raise ValueError("this callback has prepared another model since; give each Trainer one of its own")
             self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
         if is_new:
             self._evaluate_dense(model)

@@ -118,6 +118,10 @@ class RecoveryRun:
         """Return what `prepare` has returned."""
         return self._prepared
 
+    def has_prepared(self, module: nn.Module) -> bool:
+        """Return whether `prepare` was given this module, or one that shares a part with it."""
+        return self._prepared is not None and not set(self._prepared.modules()).isdisjoint(module.modules())
+
     @property
     def is_prepared(self) -> bool:
         """Return whether `prepare` was called."""
@@ -168,6 +172,8 @@ class RecoveryRun:
                 "recovery changes what is trained, which must happen before the trainer makes its optimizer: give the "
                 "callback to the Trainer's constructor, and build the model before training starts"
             )
+        if not self.has_prepared(module):
+            raise ValueError("this callback has prepared another model since; give each Trainer one of its own")
         self._eval_batches = eval_batches
         found = language_model(module)
         assert found is not None
