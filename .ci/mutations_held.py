@@ -72,6 +72,20 @@ MUTATIONS = (
         f"{HELD} -k into_a_wrapper",
     ),
     Mutation(
+        "averages inside the model take the masks",
+        f"{CORE}/held_masks.py",
+        "            self.apply_to(promised_zeros.weights_of(average))",
+        "            pass",
+        f"{HELD} -k average_inside",
+    ),
+    Mutation(
+        "averages inside the model are no targets",
+        f"{CORE}/choice.py",
+        "return measuring | {id(part): AVERAGE for average in averages for part in average.modules()}",
+        "return measuring",
+        f"{HELD} -k average_inside",
+    ),
+    Mutation(
         "statistics outlive the training for its checkpoints",
         f"{CORE}/sparsifier.py",
         "            self._observation.stop()  # what",
@@ -88,7 +102,7 @@ MUTATIONS = (
     Mutation(
         "dense weights under saved masks are refused",
         f"{CORE}/sparsifier.py",
-        "        saved_state.check_zeros(differences)",
+        "        self._held.check_restored()",
         "        pass",
         f"{RESUME} -k do_not_prune",
     ),
@@ -112,6 +126,13 @@ MUTATIONS = (
         "        num_filled += count",
         "        num_filled += 0",
         "tests/test_promised_zeros.py -k came_back",
+    ),
+    Mutation(
+        "what the module does to itself at the end is seen",
+        f"{ADAPTERS}/lightning_trainer.py",
+        "found = sparsifier.verify(pl_module) if is_ours else ()",
+        "found = ()",
+        f"{LOOPS} -k module_itself",
     ),
     Mutation(
         "averages are masked",

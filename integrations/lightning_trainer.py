@@ -167,6 +167,15 @@ class PruningCallback(Callback):
             self.run.sparsifier.note(note, is_closing=True)
         self.run.finish()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look once more, after the module's own hooks have ended the training."""
+        sparsifier = self.run.sparsifier
+        is_ours = self._module() is pl_module and trainer.world_size == 1 and not sparsifier.broken
+        found = sparsifier.verify(pl_module) if is_ours else ()
+        if found:
+            sparsifier.broken = (f"the weights were replaced after the training had ended: {'; '.join(found)}",)
+            sparsifier.note(sparsifier.broken[0], is_closing=True)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach; teardown is not called after an exception."""
         self.run.abort()

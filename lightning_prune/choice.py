@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune import layers
 from lightning_prune.blocks import Blocks, are_beside, repeated_parts
@@ -18,6 +19,7 @@ __all__ = ["Candidate", "Fits", "adapted", "choose"]
 
 _ROUTERS = ("*router*", "*.gate.weight", "*.gate.wg.weight")
 
+AVERAGE = "average of other weights, which takes their masks"
 EMBEDDING = "embedding"
 FOREIGN = "no layer's weight"
 FROZEN = "frozen, and no adapter covers it"
@@ -76,10 +78,10 @@ def choose(model: nn.Module, candidates: Sequence[Candidate], fits: Fits = lambd
     """
     covered = adapted(model)
     trains = [_is_trained(candidate, covered) for candidate in candidates]
-    reasons = _beside_others(model, candidates, _metrics(model))
+    reasons = _beside_others(model, candidates, _bystanders(model))
     if any(trains):
         frozen = _frozen_networks(model, covered)
-        without = _beside_others(model, candidates, frozen | _metrics(model))
+        without = _beside_others(model, candidates, frozen | _bystanders(model))
         own = [idx for idx, does in enumerate(trains) if does and idx not in without]
         if len(own) > 1 or any(_has_own_head(model, candidates, idx, frozen) for idx in own):
             reasons = without
@@ -115,11 +117,13 @@ def _has_own_head(model: nn.Module, candidates: Sequence[Candidate], idx: int, f
     return any(id(own) in parts and not others.isdisjoint(parts) for parts in inner)
 
 
-def _metrics(model: nn.Module) -> dict[int, str]:
-    """Return the modules inside metrics, such as the networks that compare images."""
+def _bystanders(model: nn.Module) -> dict[int, str]:
+    """Return the modules inside metrics, such as the networks that compare images, and inside averages of weights."""
     kind = getattr(sys.modules.get("torchmetrics"), "Metric", None)
-    found = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
-    return {id(part): METRIC for metric in found for part in metric.modules()}
+    metrics = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
+    averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
+    measuring = {id(part): METRIC for metric in metrics for part in metric.modules()}
+    return measuring | {id(part): AVERAGE for average in averages for part in average.modules()}
 
 
 def _frozen_networks(model: nn.Module, covered: set[int]) -> dict[int, str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed, hooks, masks, optimizer_steps, promised_zeros
+from lightning_prune import distributed, hooks, masks, optimizer_steps, promised_zeros, saved_state
 from lightning_prune.binding import check_trained_once
 from lightning_prune.guard import GoodMasks
 from lightning_prune.targets import Binding
@@ -30,6 +30,7 @@ class HeldMasks:
         self.masks: dict[str, Tensor] = {}
         self.bindings: list[Binding] = []
         self.aliases: dict[str, tuple[str, ...]] = {}
+        self._averages: list[nn.Module] = []
         self.clock: torch.optim.Optimizer | None = None
         self._steppers: list[torch.optim.Optimizer] = []
         self.levels: list[torch.optim.Optimizer] = []
@@ -56,6 +57,7 @@ class HeldMasks:
     def take(self, model: nn.Module, bindings: list[Binding]) -> None:
         """Take a model's targets."""
         self.bindings, self.aliases = bindings, promised_zeros.aliases_of(model, bindings)
+        self._averages = promised_zeros.averages_in(model)
         self._name_of = {id(binding.parameter): binding.name for binding in bindings}
 
     def own(self, optimizers: Sequence[object]) -> None:
@@ -206,6 +208,12 @@ class HeldMasks:
             weights = {binding.name: binding.parameter.detach() for binding in bindings}
         return tuple(promised_zeros.differences(weights, self.masks, bindings, self.aliases))
 
+    def apply_everywhere(self) -> None:
+        """Zero the pruned weights, and those in the averages inside the model: a mean of zeros then stays zero."""
+        self.apply(self.bindings)
+        for average in self._averages:
+            self.apply_to(promised_zeros.weights_of(average))
+
     @torch.no_grad()
     def apply_to(self, weights: Mapping[str, Tensor]) -> int:
         """Zero the pruned weights in tensors of another model, such as an average; return how many targets it has."""
@@ -237,6 +245,17 @@ class HeldMasks:
             weight = distributed.local(binding.parameter)
             with binding.steady():
                 weight.copy_(torch.where(returning, good.weights[binding.name], weight))
+
+    def check_restored(self) -> None:
+        """Check that restored masks are those of the weights.
+
+        Raises:
+            ValueError: if they are not; the masks are forgotten then.
+        """
+        found = self.differences()
+        if found:
+            self.masks.clear()
+        saved_state.check_zeros(found)
 
     def fit(self) -> bool:
         """Return whether the masks are those of this model: its targets, of which every pruned weight is zero.

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune import distributed
 from lightning_prune.targets import Binding, clean_name
 
-__all__ = ["aliases_of", "differences", "mask_for", "pairs", "weights_of"]
+__all__ = ["aliases_of", "averages_in", "differences", "mask_for", "pairs", "weights_of"]
 
 
 def aliases_of(model: nn.Module, bindings: Sequence[Binding]) -> dict[str, tuple[str, ...]]:
@@ -16,6 +17,11 @@ def aliases_of(model: nn.Module, bindings: Sequence[Binding]) -> dict[str, tuple
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(clean_name(name))
     return {binding.name: tuple(names.get(id(binding.parameter), [binding.name])) for binding in bindings}
+
+
+def averages_in(model: nn.Module) -> list[nn.Module]:
+    """Return the averages of weights that are parts of a model."""
+    return [module for module in model.modules() if isinstance(module, AveragedModel)]
 
 
 def weights_of(model: nn.Module | Mapping[str, object]) -> dict[str, Tensor]:

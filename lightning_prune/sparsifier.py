@@ -72,8 +72,7 @@ class Sparsifier:
         self._observation: Observation | None = None
         self._pending: Mapping[str, Any] | None = None
         self._report: Report | None = None
-        self._plan: tuple[int, int, int] = (0, 0, 1)
-        self._total_steps = 0
+        self._plan, self._total_steps = (0, 0, 1), 0
 
     @property
     def is_attached(self) -> bool:
@@ -148,9 +147,8 @@ class Sparsifier:
             )
         distributed.check_supported(model)
         self._plan, self._total_steps = self.schedule.resolve(total_steps), total_steps
-        selection = self._select(model)
+        selection, optimizers = self._select(model), list(optimizers)
         bindings = list(selection.targets)
-        optimizers = list(optimizers)
         if not optimizers:
             raise ValueError("attach needs the optimizers that step the model, got none")
         observation = Observation(self.scorer, bindings, self.surrogate)
@@ -180,7 +178,7 @@ class Sparsifier:
             observation.start(model)
         if self.guard is not None and self.guard.action == "rollback" and self._progress.memory.good is None:
             self._progress.memory.remember(self._held.parameters, self.masks, self._progress.sparsity)
-        self._held.apply(self._held.bindings)
+        self._held.apply_everywhere()
         self._update_if_due()
         self._report = measure(model, self._held.bindings, step=self.step, notes=self.notes)
 
@@ -252,6 +250,7 @@ class Sparsifier:
         assert self._model is not None
         self._progress.num_updates += 1
         self._held.check_agreement()
+        self._held.apply_everywhere()
         self._report = measure(self._model, self._held.bindings, step=self.step, notes=self.notes)
         self._progress.record({"sparsity": self._report.sparsity})
 
@@ -379,10 +378,8 @@ class Sparsifier:
         saved_state.check_same("model", state["shapes"], self._held.shapes())
         if not state["is_once"]:
             saved_state.check_plan(state["plan"], self._plan)
-        progress, differences = restore_progress(state, self._held, observation), self._held.differences()
-        if differences:
-            self._held.masks.clear()
-        saved_state.check_zeros(differences)
+        progress = restore_progress(state, self._held, observation)
+        self._held.check_restored()
         self._progress = progress
 
     def report(self) -> Report:

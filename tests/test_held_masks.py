@@ -182,3 +182,17 @@ def test_averages_take_the_masks() -> None:
     train(model, optimizer, last=2, after_step=lambda step: average.update_parameters(model))
     assert conductor.verify(average) == ()
     assert conductor.apply_to(nn.Linear(3, 3)) == 0
+
+
+def test_an_average_inside_the_model_is_no_target_and_takes_the_masks() -> None:
+    model = nn.ModuleDict({"net": tiny_llama()})
+    model["mean"] = AveragedModel(model["net"])
+    optimizer = adamw(model["net"])
+    conductor = sparsifier()
+    conductor.attach(model, [optimizer], total_steps=NUM_STEPS)
+    net, mean = model["net"], model["mean"]
+    train(net, optimizer, after_step=lambda step: mean.update_parameters(net))
+    assert {name.split(".")[0] for name in conductor.masks} == {"net"}
+    assert conductor.verify(mean) == conductor.verify(net) == ()
+    conductor.detach()
+    assert conductor.broken == ()

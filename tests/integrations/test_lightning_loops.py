@@ -303,6 +303,22 @@ def test_the_logged_sparsity_is_that_of_the_weights_and_what_is_not_kept_is_brok
     assert callback.run.broken == callback.run.sparsifier.broken
 
 
+class OwnAverage(Net):
+    """Copies other weights into itself after everyone else has ended the training."""
+
+    def on_train_end(self) -> None:
+        with torch.no_grad():
+            self.blocks[0].weight.fill_(1.0)
+
+
+def test_what_the_module_itself_does_at_the_end_is_seen() -> None:
+    _, callback = fit(OwnAverage())
+    assert callback.run.sparsifier.broken[0].startswith(
+        "the weights were replaced after the training had ended: 128 of"
+    )
+    assert callback.run.report().notes == callback.run.sparsifier.broken
+
+
 class Worse(Net):
     """Validation is good the first time and bad ever after."""
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import Once, Sparsifier
@@ -132,6 +133,24 @@ def test_the_report_holds_the_three_moments_and_the_effort(tmp_path: Path) -> No
     assert effort["num_trained"] == norms
     assert effort["num_tokens"] == NUM_STEPS * BATCH * batches[0]["input_ids"].shape[1]
     assert "Recovery" in (tmp_path / "report" / "index.html").read_text()
+
+
+class TwoSets(TinyModule):
+    """Validates on two sets, of which the first counts."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+
+def test_the_losses_under_lightning_are_those_of_the_first_validation_set(tmp_path: Path) -> None:
+    callback, module = LightningCallback(recipe({"retrain": ["norms"]}, tmp_path)), TwoSets()
+    other = DataLoader(TokenDataset(token_windows(4, seed=5)), batch_size=4)
+    lightning_trainer([callback]).fit(module, loader(), [loader(), other])
+    moments = callback.run.recovery.report().as_dict()["moments"]
+    for moment, model in (("before", tiny_llama()), ("recovered", module.model)):
+        with torch.no_grad():
+            losses = [float(model.eval()(**batch).loss) for batch in loader()]
+        assert moments[moment]["loss"]["nats"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_a_model_that_comes_pruned_is_recovered_under_its_zeros(tmp_path: Path) -> None:
