@@ -28,7 +28,6 @@ __all__ = ["main"]
 OWN_SECTIONS = ("prune", "shrink", "recover", "evaluate", "export", "report", "seed")
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as other programs end
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-_LONGEST = 1000  # characters of a message
 RUN_SECTIONS = ("trainer", "model", "data")
 
 
@@ -82,7 +81,7 @@ def _answer(tokens: list[str]) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return shorten(str(error), _LONGEST)
+    return shorten(str(error), 1000)
 
 
 def _tell(message: str, *, code: int) -> int:
@@ -92,7 +91,7 @@ def _tell(message: str, *, code: int) -> int:
 
 def _leave_stdout() -> None:
     """Send what is still waiting to be written nowhere, or the interpreter would try, and complain, as it ends."""
-    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -350,7 +349,10 @@ def _refuse(rest: Sequence[str]) -> None:
 
 
 def _load(config: str, overrides: Sequence[str]) -> Any:
-    return importlib.import_module("lightning_prune.recipe").Recipe.load(config, overrides=overrides)
+    recipe = importlib.import_module("lightning_prune.recipe").Recipe.load(config, overrides=overrides)
+    if recipe.recover and (lora := recipe.recover.lora) is not None and lora.config:
+        _adapter("peft_lora", "recover.lora", "peft").check_config(lora.form, lora.config)  # PEFT knows its fields
+    return recipe
 
 
 def _print_recipe(config: str, overrides: Sequence[str]) -> int:

@@ -402,3 +402,9 @@ def test_what_no_one_foresaw_is_one_line_too(
     assert capsys.readouterr().err == ("error: RuntimeError: first second; --traceback shows where it came from\n")
     with pytest.raises(RuntimeError, match="first"):
         cli.main([*arguments, "--traceback"])
+
+
+def test_a_field_that_a_lora_does_not_have_is_told_at_load(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "recovery/mask_lora", "--recover.lora.config.rnk=4", "--print_config", "--", "x.py"]
+    assert cli.main(["exec", *arguments]) == 2
+    assert "unknown key 'recover.lora.config.rnk'; did you mean" in capsys.readouterr().err
