@@ -30,11 +30,11 @@ MUTATIONS = (
         f"{HELD} -k one_tick",
     ),
     Mutation(
-        "of nested optimizers the innermost is the clock",
+        "of nested optimizers the innermost alone is observed",
         f"{CORE}/held_masks.py",
         "moves_weights = any(optimizer is stepper for stepper in self._steppers)",
         "moves_weights = True",
-        f"{HELD} -k one_tick",
+        f"{HELD} -k observed_once",
     ),
     Mutation(
         "an optimizer that hides its step is refused",

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune import Once, Sparsifier, Targets
 from lightning_prune.scorers.gradient import Gradient
+from lightning_prune.scorers.taylor import Taylor
 from tests.loops import NUM_STEPS, adamw, assert_same_masks, assert_same_weights, batches, sparsifier, train
 from tests.test_optimizer_steps import Lookahead, Rescaled, SharpnessAware
 from tests.tiny_models import tiny_llama
@@ -108,6 +109,26 @@ def test_one_step_is_one_tick_also_where_steps_call_steps(name: str) -> None:
         assert conductor.step == index + 1
         assert conductor.verify(model) == ()
     assert float(conductor.sparsity()) == 0.5
+
+
+def test_a_step_inside_another_optimizer_is_observed_once() -> None:
+    seen = []
+    for is_inner in (False, True):
+        model = tiny_llama()
+        optimizer = SharpnessAware(list(model.parameters()), lr=1e-2)
+        given = optimizer.base_optimizer if is_inner else optimizer
+        conductor = attached(model, given, schedule=Once(sparsity=0.5, at=4), scorer=Taylor())
+
+        def closure(model: Any = model, optimizer: Any = optimizer) -> Any:
+            optimizer.zero_grad()
+            return backward(model)
+
+        for _ in range(2):
+            optimizer.step(closure)
+        seen.append(conductor.state_dict()["statistics"]["model.layers.0.mlp.up_proj.weight"])
+    (outer,), (inner,) = (list(found.values()) for found in seen)
+    assert outer.keys() == inner.keys()
+    assert all(torch.equal(value, inner[key]) for key, value in outer.items())
 
 
 def test_a_lookahead_that_hides_its_step_is_refused_and_leaves_nothing() -> None:
