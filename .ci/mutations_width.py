@@ -81,4 +81,18 @@ MUTATIONS = (
         "        if False:",
         f"{TESTS}/test_gradual.py -k removes_nothing",
     ),
+    Mutation(
+        "the tokenizer of a folder with shapes per block opens without its code",
+        "integrations/per_layer_model.py",
+        "                values |= dict.fromkeys(_SHARING)",
+        "                pass",
+        "tests/integrations/test_per_layer_export.py -k tokenizer_opens",
+    ),
+    Mutation(
+        "no stock class invents weights for blocks that share",
+        "integrations/per_layer_model.py",
+        '                fields[names.get("num_attention_heads", "num_attention_heads")] = None',
+        "                pass",
+        "tests/integrations/test_per_layer_export.py -k tokenizer_opens",
+    ),
 )

@@ -4,7 +4,8 @@ The configuration carries `per_layer_config`, in the schema of Transformers: blo
 example {"2": {"intermediate_size": 96}, "3": {"skip": ["mlp"], "intermediate_size": null}}. Every block is what the
 stock class builds from the fields that hold for it. A part that is skipped has no weights and adds nothing to the
 residual stream; its sizes are null, at which a stock class stops that would build it whole. A block with `share_with`
-computes with the matrices of that block, which are stored once, and with differences of rank `share_rank`.
+computes with the matrices of that block, which are stored once, and with differences of rank `share_rank`; on disk its
+number of heads is null, for the same reason.
 
 This file and the shared blocks it imports need torch and transformers alone. A copy of both travels with every exported
 model, so that the folder loads with `trust_remote_code=True` where nothing else is installed.
@@ -15,16 +16,20 @@ Limits: one stack of blocks that `num_hidden_layers` counts, in a configuration 
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.structured.depth.shared_block import share_block
 
-__all__ = ["Nothing", "PerLayerConfig", "PerLayerModel"]
+__all__ = ["Nothing", "PerLayerConfig", "PerLayerModel", "strictly"]
+
+_SHARING = ("share_with", "share_rank")
 
 
 class _Layers(list[Any]):
@@ -61,13 +66,28 @@ class PerLayerConfig:
     _attn_implementation_internal = _of_whole("_attn_implementation_internal")
     _experts_implementation_internal = _of_whole("_experts_implementation_internal")
 
+    def __init__(self, **kwargs: Any) -> None:
+        """Read the fields, where the stock configuration is a plain class, as in Transformers 4."""
+        own = self._begin(kwargs)
+        super().__init__(**kwargs)
+        self._number(*own)
+
     def __post_init__(self, **kwargs: Any) -> None:
-        overrides = kwargs.pop("per_layer_config", None) or {}
-        index = kwargs.pop("per_layer_index", None)
+        """Read the fields that the stock configuration does not know, where it is a dataclass, as in Transformers 5."""
+        own = self._begin(kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self._number(*own)
+
+    def _begin(self, kwargs: dict[str, Any]) -> tuple[Mapping[Any, Any], Any]:
         self.__dict__.setdefault("block_lists", [])
         self.__dict__.setdefault("skip_parts", {})
         self.__dict__["layer_overrides"] = {}
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        for name in _SHARING:
+            kwargs.pop(name, None)
+        return kwargs.pop("per_layer_config", None) or {}, kwargs.pop("per_layer_index", None)
+
+    def _number(self, overrides: Mapping[Any, Any], index: Any) -> None:
+        """Number the blocks that are listed anew, in their order."""
         known = {int(layer): dict(values) for layer, values in overrides.items() if values}
         # The blocks that are listed, in this order: a list with one entry per block is cut when blocks are removed.
         chosen = range(self._num_layers) if index is None else index
@@ -80,7 +100,8 @@ class PerLayerConfig:
             if donor not in chosen:
                 raise ValueError(f"block {layer} shares with block {donor}, which is not among {list(chosen)}")
             if "share_with" in fields:
-                fields["share_with"] = chosen.index(donor)
+                known[layer] = {name: value for name, value in fields.items() if value is not None}
+                known[layer]["share_with"] = chosen.index(donor)
         self.__dict__["layer_overrides"] = {new: known[old] for new, old in enumerate(chosen) if old in known}
 
     @property
@@ -109,7 +130,7 @@ class PerLayerConfig:
         """Return the fields that differ in a block; the sizes of what it leaves out are null and not among them."""
         fields = dict(self.layer_overrides.get(layer, {}))
         skipped = fields.pop("skip", [])
-        for name in ("share_with", "share_rank"):
+        for name in _SHARING:
             fields.pop(name, None)
         return {name: value for name, value in fields.items() if value is not None or not skipped}
 
@@ -153,10 +174,19 @@ class PerLayerConfig:
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what is written to disk."""
+        """Return what is written to disk: what a class that knows no more than the schema can read, or stops at.
+
+        `AutoTokenizer` reads it as a plain configuration, to which what differs per block must exist for the whole. A
+        stock class would build blocks that share as whole ones, with random weights; at null it stops.
+        """
         values: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
         values.pop("per_layer_index", None)
-        return values
+        names = getattr(self, "attribute_map", None) or {}
+        for fields in values["per_layer_config"].values():
+            if "share_with" in fields:
+                fields[names.get("num_attention_heads", "num_attention_heads")] = None
+                values |= dict.fromkeys(_SHARING)
+        return values | {"num_hidden_layers": self._num_layers}
 
     def validate_architecture(self) -> None:
         """Accept what the blocks are built from; the head size stands on its own, so heads need not divide widths."""
@@ -190,6 +220,11 @@ class Nothing(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments."""
         return f"kind={self.kind!r}, width={self.width}"
+
+
+def strictly(config_class: Any) -> Any:
+    """Return a class of configurations that checks its fields, where they are declared."""
+    return strict(config_class) if dataclasses.is_dataclass(config_class) else config_class
 
 
 class PerLayerModel:

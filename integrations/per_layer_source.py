@@ -6,12 +6,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoModel
 from transformers.models.auto import modeling_auto
 
 from lightning_prune.integrations import per_layer_model
-from lightning_prune.integrations.per_layer_model import PerLayerConfig, PerLayerModel
+from lightning_prune.integrations.per_layer_model import PerLayerConfig, PerLayerModel, strictly
 from lightning_prune.structured.depth import shared_block
 
 __all__ = ["SavedWithCode", "auto_map", "modelling_file", "modelling_source", "per_layer_classes", "stock_class_of"]
@@ -27,7 +26,7 @@ _AUTO_CLASSES = {
 }
 _CONFIG = '''
 
-@strict
+@strictly
 class {config}(PerLayerConfig, {stock_config}):
     """The configuration of a stock model, with fields that differ per block."""
 
@@ -73,7 +72,7 @@ def per_layer_classes(stock_class: Any) -> tuple[Any, Any]:
     """Return the classes of configurations and of models with per-layer shapes that go with a stock class."""
     stock_config = stock_class.config_class
     names = {"model_type": _model_type(stock_class), "__module__": __name__}
-    config_class: Any = strict(type(_pruned(stock_config), (PerLayerConfig, stock_config), names))
+    config_class: Any = strictly(type(_pruned(stock_config), (PerLayerConfig, stock_config), names))
     names = {"config_class": config_class, "stock_class": stock_class, "__module__": __name__}
     base = _heads(stock_class).get("AutoModel")
     if base is not None:
@@ -121,9 +120,7 @@ def modelling_source(stock_class: Any) -> str:
     assert template.count(first_import) == 1
     further, definitions = _imports_and_definitions(inspect.getsource(shared_block))
     imports = "".join(f"{line}\n" for line in further if f"{line}\n" not in template)
-    imports += (
-        f"from huggingface_hub.dataclasses import strict\n{first_import}from transformers import AutoModel\n{listed}\n"
-    )
+    imports += f"{first_import}from transformers import AutoModel\n{listed}\n"
     return (
         template.replace(first_import, imports)
         + definitions

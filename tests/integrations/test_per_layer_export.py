@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_prune.export.folder import PLAN_NAME
 from lightning_prune.export.plan_note import read_plan
 from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_export import export_per_layer
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.groups import Cut, Plan
+from lightning_prune.structured.groups import Cut, Plan, Share
 from lightning_prune.structured.shrink import shrink
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens
+from tests.model_folders import character_tokenizer
 
 # Opens folders where this package cannot be imported; prints what happened as JSON.
 READER = """
@@ -74,6 +75,18 @@ def run_isolated(program: str, folder: Path, *arguments: str) -> subprocess.Comp
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=folder, stdin=subprocess.DEVNULL, check=False
     )
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("plan", [Plan(share=(Share(1, 0, 3),)), Plan(skip=SKIP)], ids=["shared", "skipped"])
+def test_the_tokenizer_opens_without_the_modelling_file(name: str, plan: Plan, tmp_path: Path) -> None:
+    model, structure = parent(name)
+    out = export_per_layer(model, plan, tmp_path / "out", structure=structure, tokenizer=character_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    assert tokenizer("abc").input_ids == character_tokenizer()("abc").input_ids
+    pytest.importorskip("transformers.integrations.heterogeneity")  # older ones read no entries of single blocks
+    with pytest.raises(Exception, match=r"per-layer attribute|None"):  # the stock class would invent weights
+        type(model).from_pretrained(out)
 
 
 def test_folders_open_without_the_package(tmp_path: Path) -> None:

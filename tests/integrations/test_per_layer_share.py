@@ -18,7 +18,7 @@ from lightning_prune.structured.depth.share import share_blocks
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan, Share
 from lightning_prune.structured.shrink import shrink
-from tests.integrations.per_layer_families import FAMILIES, parent, tokens
+from tests.integrations.per_layer_families import FAMILIES, parent, tiny, tokens
 from tests.integrations.test_per_layer_export import READER, run_isolated
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer, loader
 from tests.model_folders import TEXT, character_tokenizer
@@ -79,8 +79,8 @@ def test_matrices_are_stored_once(tmp_path: Path) -> None:
     assert Plan.from_dict(note["plan"]) == PLAN
     config = json.loads((out / "config.json").read_text())
     assert config["per_layer_config"] == {
-        "1": {"share_rank": 3, "share_with": 0},
-        "2": {"share_rank": 3, "share_with": 3},
+        "1": {"num_attention_heads": None, "share_rank": 3, "share_with": 0},
+        "2": {"num_attention_heads": None, "share_rank": 3, "share_with": 3},
     }
     assert "lightning_prune" not in (out / "modeling_pruned_llama.py").read_text()
 
@@ -168,7 +168,14 @@ def test_a_consumed_parent_lends_its_tensors() -> None:
     small = build_per_layer(copied, structure, PLAN, consume=True)
     assert small.model.layers[0].mlp.up_proj.weight.data_ptr() == copied.model.layers[0].mlp.up_proj.weight.data_ptr()
     assert torch.equal(logits(small), expected)
-    assert small.lm_head.weight is small.model.embed_tokens.weight or not small.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("consume", [True, False])
+def test_the_head_is_the_embedding_where_it_was(is_tied: bool, consume: bool) -> None:
+    model = tiny("llama", tie_word_embeddings=is_tied)
+    small = build_per_layer(model, None, PLAN, consume=consume)
+    assert (small.lm_head.weight is small.model.embed_tokens.weight) is is_tied
 
 
 def test_the_recipe_writes_a_normalised_folder_and_its_plan_repeats_it(tmp_path: Path) -> None:
