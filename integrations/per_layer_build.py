@@ -57,12 +57,14 @@ def build_per_layer(
         consume: whether to empty the parent's tensors one by one as they are cut.
 
     Raises:
-        ValueError: if the plan does not fit the model, or the model cannot have per-layer shapes; nothing was changed.
+        ValueError: if the plan removes nothing or does not fit the model, or the model cannot have per-layer shapes;
+            nothing was changed.
         RuntimeError: if the smaller model computes something else than the masked one.
     """
     check_whole(model)
     inputs = probe_inputs(model) if inputs is None else inputs
     structure = discover(model, inputs) if structure is None else structure
+    structure.check_effect(plan)
     stack = _only_stack(model, structure)
     _check_not_shared(model)
     if plan.share:

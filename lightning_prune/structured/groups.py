@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.structured.checksum import check_seal, sealed
+
 __all__ = ["Cut", "Fit", "Group", "Kind", "Member", "Plan", "Role", "Share", "zeroed"]
 
 Kind = Literal["ffn", "heads", "kv_groups", "hidden", "experts", "channels"]
@@ -191,9 +193,9 @@ class Plan:
     share: tuple[Share, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings and lists, ready for JSON."""
+        """Return plain numbers, strings and lists, ready for JSON, with a checksum."""
         shares = {"share": [[share.layer, share.donor, share.rank, share.fit] for share in self.share]}
-        return {
+        values = {
             "format": 2 if self.share else 1,  # what reads format 1 alone would keep these blocks as they are
             "method": dict(self.method),
             "cuts": {cut.group: list(cut.keep) for cut in self.cuts},
@@ -201,16 +203,19 @@ class Plan:
             "skip": [list(pair) for pair in self.skip],
             **(shares if self.share else {}),
         }
+        return sealed(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
-        """Read what `as_dict` wrote.
+        """Read what `as_dict` wrote, or what was written by hand, without a checksum.
 
         Raises:
-            ValueError: if the format is unknown.
+            ValueError: if the format is unknown, or the values are not those that were written.
         """
         if values.get("format") not in (1, 2):
             raise ValueError(f"the plan has format {values.get('format')!r}; this version reads format 1 or 2")
+        if "checksum" in values:
+            check_seal(values, what="the plan", cure="make it anew, or delete the checksum if it was edited on purpose")
         return cls(
             cuts=tuple(Cut(name, tuple(keep)) for name, keep in values["cuts"].items()),
             layers=None if values["layers"] is None else tuple(values["layers"]),

@@ -134,11 +134,13 @@ def shrink(
             of no use afterwards, also not if the cut turns out to be wrong.
 
     Raises:
-        ValueError: if the plan does not fit the model, or its class cannot have these shapes; nothing was changed.
+        ValueError: if the plan removes nothing or does not fit the model, or its class cannot have these shapes;
+            nothing was changed.
         RuntimeError: if the smaller model computes something else than the masked one.
     """
     check_whole(model)
     structure = discover(model, inputs) if structure is None else structure
+    structure.check_effect(plan)
     batches = probes(model, inputs)
     expected = promised(model, structure, plan, batches)
     small = build_smaller(model, structure, plan, consume=consume)

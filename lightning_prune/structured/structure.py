@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as made_of
 
-from lightning_prune.structured.groups import Group
+from lightning_prune.structured.groups import Group, Plan
 
 __all__ = ["Stack", "Structure"]
 
@@ -102,3 +102,20 @@ class Structure:
             reason = self.refused.get(kind, "the model has none")
             raise ValueError(f"{kind} cannot be cut: {reason}; what can be cut: {', '.join(self.kinds) or 'nothing'}")
         return found
+
+    def check_effect(self, plan: Plan) -> None:
+        """Check that a plan changes something.
+
+        Raises:
+            ValueError: if all that it names stays.
+        """
+        cuts = [cut for cut in plan.cuts if cut.group in self.groups]
+        is_cut = any(len(set(cut.keep)) < self.groups[cut.group].num_units for cut in cuts)
+        total = 0 if self.stack is None else self.stack.num_layers
+        is_shorter = plan.layers is not None and list(plan.layers) != list(range(total))
+        if len(cuts) == len(plan.cuts) and not (is_cut or is_shorter or plan.skip or plan.share):
+            kept = f"all units of the {len(cuts)} groups that it names stay" if cuts else "it cuts no units"
+            raise ValueError(
+                f"the plan removes nothing: {kept}, no block goes and no part of one; ask the method for more, or use "
+                "the model as it is"
+            )

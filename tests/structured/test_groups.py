@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.structured.groups import Cut, Group, Member, Plan, zeroed
+from lightning_prune.structured.groups import Cut, Group, Member, Plan, Share, zeroed
 
 
 def test_positions_of_interleaved_and_fused_units() -> None:
@@ -60,3 +60,21 @@ def test_plans_survive_json() -> None:
     assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
     with pytest.raises(ValueError, match="format 7; this version reads format 1"):
         Plan.from_dict({"format": 7})
+
+
+def test_a_changed_character_of_a_plan_is_noticed() -> None:
+    plan = Plan(cuts=(Cut("a:ffn", (0, 2)),), layers=(0, 1), share=(Share(1, 0, 2),), method={"name": "x", "rate": 0.1})
+    text = json.dumps(plan.as_dict())
+    for position, letter in enumerate(text):
+        damaged = text[:position] + ("7" if letter != "7" else "8") + text[position + 1 :]
+        try:
+            values = json.loads(damaged)
+        except json.JSONDecodeError:
+            continue
+        if "checksum" in values:
+            with pytest.raises(ValueError, match=r"the plan is damaged: its checksum is|this version reads format"):
+                Plan.from_dict(values)
+        else:
+            assert Plan.from_dict(values) == plan
+    by_hand = {key: value for key, value in plan.as_dict().items() if key != "checksum"}
+    assert Plan.from_dict(by_hand | {"layers": [1]}).layers == (1,)

@@ -103,6 +103,35 @@ def test_state_that_cannot_be_cut_is_refused_before_anything_changes() -> None:
     assert model.config.intermediate_size == 48
 
 
+def test_parameters_of_others_stay_in_the_optimizer_and_go_on_moving() -> None:
+    model, other = tiny_llama(), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW([*model.parameters(), *other.parameters()], lr=1e-2)
+    other(torch.ones(1, 3)).sum().backward()
+    train(model, optimizer, token_windows(2, 6), 1)
+    moments = copy.deepcopy(optimizer.state[other.weight])
+    cut_in_place(model, half_ffn(model), [optimizer])
+    stepped = optimizer.param_groups[0]["params"]
+    assert [id(p) for p in stepped[-2:]] == [id(p) for p in other.parameters()]
+    assert len(stepped) == len([*model.parameters()]) + 2
+    assert all(torch.equal(optimizer.state[other.weight][key], value) for key, value in moments.items())
+    before = other.weight.detach().clone()
+    other(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(other.weight, before)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_remembers_nothing_yet_has_nothing_to_carry(kind: type[torch.optim.Optimizer]) -> None:
+    model = tiny_llama()
+    optimizer = kind(model.parameters(), lr=1e-2)
+    cut_in_place(model, half_ffn(model), [optimizer])
+    assert len(optimizer.state) == 0
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    train(model, optimizer, token_windows(2, 6), 1)
+    assert all(value.shape == p.shape for p, state in optimizer.state.items() for key, value in state.items()
+               if isinstance(value, Tensor) and key != "step")  # fmt: skip
+
+
 def train_after_a_cut() -> dict[str, Tensor]:
     rank = torch.distributed.get_rank()
     model = tiny_llama(layers=3)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
+from lightning_prune.structured.in_place import cut_in_place
 from lightning_prune.structured.shrink import masked, promised, shrink
 from lightning_prune.structured.structure import Structure
 from tests.structured.families import SIZES, build, randomised
@@ -259,3 +260,25 @@ def test_a_rounded_parent_is_compared_with_exact_frequencies() -> None:
             layer.self_attn.o_proj.weight *= 10
     small = shrink(parent, Plan(layers=(0, 1)), structure=structure)
     assert small.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize(
+    ("plan", "kept"),
+    [
+        (Plan(), "it cuts no units"),
+        (Plan(layers=(0, 1, 2)), "it cuts no units"),
+        (Plan(cuts=(Cut("model.layers.0.mlp:ffn", tuple(range(48))),)), "all units of the 1 groups that it names stay"),
+    ],
+    ids=["empty", "all blocks", "all units"],
+)
+def test_a_plan_that_removes_nothing_is_refused(plan: Plan, kept: str, consume: bool) -> None:
+    model = tiny_llama(layers=3)
+    structure = discover(model, kinds=("ffn", "layers"))
+    for attempt in (
+        lambda: shrink(model, plan, structure=structure, consume=consume),
+        lambda: cut_in_place(model, plan, structure=structure),
+    ):
+        with pytest.raises(ValueError, match=f"the plan removes nothing: {kept}, no block goes and no part"):
+            attempt()
+    assert model(input_ids=torch.tensor([[3, 4]])).logits.isfinite().all()

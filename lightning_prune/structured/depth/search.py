@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_prune import distributed
+from lightning_prune.structured.checksum import check_seal, sealed
 
 __all__ = ["Candidate", "Removal", "Step", "Stop", "fingerprint_batches", "fingerprint_model", "greedy_search"]
+
+_STATE_FORMAT = 2
 
 Removed = Callable[[], AbstractContextManager[object]]
 Evaluate = Callable[[Removed], float]
@@ -149,13 +152,20 @@ class _State:
             self.scores = self._read(path)
 
     def _read(self, path: Path) -> dict[str, float]:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("format") != 1:
-            raise ValueError(f"{path} has format {values.get('format')!r}; this version reads format 1")
+        anew = "give another state_file, or delete it to search anew"
+        try:
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or holds no state of a search ({error}); {anew}") from error
+        if values.get("format") != _STATE_FORMAT:
+            raise ValueError(
+                f"{path} has format {values.get('format')!r}; this version reads format {_STATE_FORMAT}; {anew}"
+            )
+        check_seal(values, what=str(path), cure=anew)
         if values["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{path} belongs to a search with another model, calibration or options ({values['fingerprint']}, "
-                f"here {self.fingerprint}); give another state_file or delete it"
+                f"here {self.fingerprint}); {anew}"
             )
         return dict(values["scores"])
 
@@ -170,7 +180,8 @@ class _State:
             raise ValueError(f"the criterion is not a number after removing {' + '.join(labels) or 'nothing'}")
         self.scores[key] = value
         if self.path is not None and distributed.is_first_rank():
-            _write_aside(self.path, {"format": 1, "fingerprint": self.fingerprint, "scores": self.scores})
+            values = {"format": _STATE_FORMAT, "fingerprint": self.fingerprint, "scores": self.scores}
+            _write_aside(self.path, sealed(values))
         return value
 
 

@@ -122,6 +122,7 @@ class _Width:
             if "step" in self.options.sources():
                 self.scores = self._scores_from_gradients()
             self.counts = self._count()
+            self._check_counts()
             cuts = dict(self._walk() if self.needs_walk else ((g.key, self._cut(g, {})) for g in self.groups))
         method = self.options.as_dict() | {"calibration": fingerprint(self.batches) if self.batches else None}
         plan_cuts = (Cut(group.key, cuts[group.key]) for group in self.groups if group.key in cuts)
@@ -164,6 +165,13 @@ class _Width:
                     f"{'units' if step == 1 else f'multiples of {step}'}; give at least {step / size:.4g}, or leave "
                     f"{kind} out"
                 )
+
+    def _check_counts(self) -> None:
+        """Refuse a budget that leaves everything."""
+        if all(self.counts[group.key] == group.num_units for group in self.groups):
+            raise ValueError(
+                f"this budget removes nothing: all units of the {len(self.groups)} groups stay; give a higher sparsity"
+            )
 
     # What is observed
 

@@ -93,7 +93,8 @@ def rotate_and_slice(
     rotation_DD, energy_D = principal_directions(moments_DD)
     rotated, group, was_tied = _rotated(model, structure, group, norms, rotation_DD, inputs)
     structure = dataclasses.replace(structure, groups={**structure.groups, group.key: group})
-    small = shrink(rotated, plan, structure=structure, inputs=inputs, consume=True)
+    is_narrower = hidden_size < group.num_units
+    small = shrink(rotated, plan, structure=structure, inputs=inputs, consume=True) if is_narrower else rotated
     description = {
         "format": 1,
         "method": {"name": "rotation", "signal": signal, "calibration": fingerprint(batches), "num_tokens": num_tokens},

@@ -122,6 +122,25 @@ def test_what_is_already_gone_stays_off_and_counts() -> None:
     assert ("c", "b") in toy.evaluated
 
 
+def test_a_state_file_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+
+    def search() -> Removal:
+        toy = Toy(additive(COSTS))
+        candidates = [toy.candidate(x) for x in "abcd"]
+        return greedy_search(toy, candidates, Stop(count=3), state_file=path, progress=False)
+
+    search()
+    whole = path.read_text()
+    for damaged in (whole.replace("2.0", "1.5", 1), whole[:-4], "3", '{"format": 2}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"search\.json is damaged.*; give another state_file, or delete it"):
+            search()
+    path.write_text('{"format": 1, "scores": {}}')
+    with pytest.raises(ValueError, match=r"has format 1; this version reads format 2; give another state_file"):
+        search()
+
+
 @pytest.mark.parametrize("fails_at", range(10))
 def test_interrupted_search_goes_on_where_it_stopped(tmp_path: Path, fails_at: int) -> None:
     straight = Toy(additive(COSTS))

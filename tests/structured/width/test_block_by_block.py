@@ -404,3 +404,12 @@ def test_a_sparsity_that_removes_nothing_is_refused() -> None:
             compensate="none",
             progress=False,
         )
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global", {"model.layers.1.mlp:ffn": 0.0}])
+def test_a_budget_that_removes_nothing_is_refused(budget: Any) -> None:
+    model = tiny_llama()
+    is_as_before = unchanged_since(model)
+    with pytest.raises(ValueError, match="this budget removes nothing: all units of the 2 groups stay; give a higher"):
+        prune(model, sparsity={"ffn": 0.0}, budget=budget)
+    assert is_as_before()
