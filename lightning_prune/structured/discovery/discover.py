@@ -125,7 +125,11 @@ def _expanded(found: Structure, stack: Stack, standing: Mapping[int, int]) -> St
                 groups[moved.key] = moved
     for group in found.groups.values():
         if group.layer is None:
-            groups[group.key] = dataclasses.replace(group, members=tuple(_spread(group.members, stack, standing)))
+            inside = stack.layer_of(group.name)  # of a block that several places share: the first of them
+            first = next((layer for layer, sampled in standing.items() if sampled == inside), None)
+            name = group.name if first is None else stack.renamed(group.name, first)
+            moved = dataclasses.replace(group, name=name, members=tuple(_spread(group.members, stack, standing)))
+            groups[moved.key] = moved
     assert found.stack is not None
     stack = dataclasses.replace(
         stack,
@@ -341,9 +345,11 @@ class _Explorer:
             for member in group.members
             if member.role == "norm"
         ]
-        outputs(self.model, self.probes[0])
-        for handle in handles:
-            handle.remove()
+        try:
+            outputs(self.model, self.probes[0])
+        finally:
+            for handle in handles:
+                handle.remove()
         embedding = names.get(id(tensors[0]))
         return embedding, None if is_tied else names.get(id(tensors[1])), order[-1] if order else None
 

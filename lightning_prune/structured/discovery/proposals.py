@@ -105,7 +105,7 @@ class Proposer:
                 for module, below in modules
                 for name, expert in self._experts(module, below)
             ]
-            yield from compensations(_in_rows(groups), self.roles)
+            yield from compensations(_in_rows(self._shared_once(groups)), self.roles)
 
     def _group(
         self,
@@ -127,6 +127,23 @@ class Proposer:
             fields={count.name: max(1, count.at(None) // unit) for count in proposal.counts},
             pins={".".join(path): value for path, value in proposal.pins.items()},
         )
+
+    def _shared_once(self, groups: Sequence[Group]) -> list[Group]:
+        """Return groups with those that hold the very same tensors, of a block used in several places, as one."""
+        places: dict[object, list[Group]] = {}
+        for group in groups:
+            held = tuple((id(self.roles.tensors[m.name]), m.dim, m.expert) for m in group.members)
+            places.setdefault(held, []).append(group)
+        return [
+            same[0]
+            if len(same) == 1
+            else dataclasses.replace(
+                same[0],
+                layer=same[0].layer if len({group.layer for group in same}) == 1 else None,
+                members=tuple(member for group in same for member in group.members),
+            )
+            for same in places.values()
+        ]
 
     def _experts(self, module: str, dimensions: Sequence[Dimension]) -> list[tuple[str, int | None]]:
         """Return the groups of one module: one, or one for each expert of stacked tensors."""

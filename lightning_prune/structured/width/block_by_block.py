@@ -31,7 +31,15 @@ from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan
 from lightning_prune.structured.undo import Undo, undone_on_error
 from lightning_prune.structured.width import budgets
 from lightning_prune.structured.width.expert_usage import expert_usage
-from lightning_prune.structured.width.options import Chooser, Compensate, WidthOptions, bind, fingerprint, selected
+from lightning_prune.structured.width.options import (
+    Chooser,
+    Compensate,
+    WidthOptions,
+    bind,
+    each_once,
+    fingerprint,
+    selected,
+)
 from lightning_prune.structured.width.repair import refit, write_columns_, zero_units_
 from lightning_prune.structured.width.unit_scores import Reduction, standardize, unit_scores
 from lightning_prune.targets import find_blocks, is_linear
@@ -105,7 +113,7 @@ class _Width:
     ) -> None:
         self.model, self.batches, self.options, self.progress = model, batches, options, progress
         self.undo = undo
-        self.groups = selected(groups, options)
+        self.groups = each_once(model, selected(groups, options), options)
         self.bindings = bind(model, self.groups, options)
         self.tensors = model.state_dict(keep_vars=True)
         self.gone: dict[str, set[int]] = {}

@@ -16,7 +16,7 @@ from lightning_prune.structured.width.unit_scores import Reduction, scored_membe
 from lightning_prune.targets import Binding, Targets
 from lightning_prune.types import Scorer
 
-__all__ = ["SUB_BLOCKS", "Chooser", "Compensate", "WidthOptions", "bind", "fingerprint", "selected"]
+__all__ = ["SUB_BLOCKS", "Chooser", "Compensate", "WidthOptions", "bind", "each_once", "fingerprint", "selected"]
 
 Chooser = Scorer | OutputChooser
 Compensate = Literal["none", "bias", "least_squares"]
@@ -145,6 +145,24 @@ def selected(groups: Sequence[Group], options: WidthOptions) -> list[Group]:
                 if other != group.key:
                     raise ValueError(f"{other} and {group.key} cut the same columns of {member.name}; choose one kind")
     return sorted(found, key=lambda group: (group.layer is None, group.layer or 0, SUB_BLOCKS.index(group.kind)))
+
+
+def each_once(model: nn.Module, groups: Sequence[Group], options: WidthOptions) -> list[Group]:
+    """Return groups that name every tensor once, also where it has several names: in a block that places share.
+
+    Raises:
+        ValueError: if such a group is to be rated or repaired by its inputs, which would be those of one place.
+    """
+    tensors, result = model.state_dict(keep_vars=True), []
+    for group in groups:
+        own = {(id(tensors[member.name]), member.dim, member.expert): member for member in reversed(group.members)}
+        if len(own) < len(group.members) and (options.repairs or "input" in options.sources()):
+            raise ValueError(
+                f"{group.key} is used in several places, which see different inputs; use Magnitude, Random or Taylor "
+                "with compensate='none'"
+            )
+        result.append(dataclasses.replace(group, members=tuple(reversed(own.values()))))
+    return result
 
 
 def bind(model: nn.Module, groups: Sequence[Group], options: WidthOptions) -> dict[str, Binding]:
