@@ -86,7 +86,7 @@ def subclone(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: if a field is unknown, or the model cannot be cut to the shape.
+        ValueError: if a field is unknown, or the model cannot be cut to the shape or has it already.
     """
     check_whole(model)
     structure = discover(model, inputs) if structure is None else structure
@@ -97,7 +97,9 @@ def subclone(
         for key in counts.units
         if keep is None or structure.groups[key].layer is None or structure.groups[key].layer in keep
     ]
-    _check_class(model, structure, _plan(groups, {}, counts.units, keep))
+    rough = _plan(groups, {}, counts.units, keep)
+    structure.check_effect(rough)
+    _check_class(model, structure, rough)
     scores = _scores(model, groups, batches, progress=progress) if groups else {}
     method = {
         "name": "subclone",

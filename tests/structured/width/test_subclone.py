@@ -46,15 +46,9 @@ def applied(model: PreTrainedModel, plan: Plan, **options: Any) -> Any:
     return apply_subclone(model, plan, calibration(), structure=structure, progress=False, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"compensate": "least_squares"}, {"rescale": True}])
-def test_the_models_own_shape_changes_nothing(options: dict[str, Any]) -> None:
-    model = family("llama", tied=True)
-    plan = planned(model, OWN)
-    assert (plan.cuts, plan.layers) == ((), None)
-    small = applied(model, plan, **options)
-    for name, value in small.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name])
-    assert torch.equal(logits(small), logits(model))
+def test_the_models_own_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="the plan removes nothing: it cuts no units"):
+        planned(family("llama", tied=True), OWN)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
