@@ -224,7 +224,8 @@ class Nothing(nn.Module):
 
 def strictly(config_class: Any) -> Any:
     """Return a class of configurations that checks its fields, where they are declared."""
-    return strict(config_class) if dataclasses.is_dataclass(config_class) else config_class
+    is_declared = dataclasses.is_dataclass(config_class)
+    return strict(config_class) if is_declared else config_class
 
 
 class PerLayerModel:
