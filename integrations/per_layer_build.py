@@ -57,8 +57,7 @@ def build_per_layer(
         consume: whether to empty the parent's tensors one by one as they are cut.
 
     Raises:
-        ValueError: if the plan removes nothing or does not fit the model, or the model cannot have per-layer shapes;
-            nothing was changed.
+        ValueError: if the plan removes nothing or does not fit, or no shapes per block can be; nothing was changed.
         RuntimeError: if the smaller model computes something else than the masked one.
     """
     check_whole(model)

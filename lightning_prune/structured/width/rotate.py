@@ -75,8 +75,7 @@ def rotate_and_slice(
         inputs: a small batch for the checks; made up for models that read tokens.
         progress: whether to show a bar.
 
-    Returns:
-        the smaller model, and plain values that say how it came about.
+    Returns: the smaller model, and plain values that say how it came about.
 
     Raises:
         ValueError: if the stream cannot be rotated or have this width; nothing was changed.
@@ -86,15 +85,15 @@ def rotate_and_slice(
     inputs = probe_inputs(model) if inputs is None else inputs
     structure = discover(model, inputs) if structure is None else structure
     group = structure.of_kind("hidden")[0]
-    plan = Plan(cuts=(Cut(group.key, tuple(range(hidden_size))),))
     _check_request(model, structure, group, hidden_size, batches, signal)
     norms = norm_of_readers(model, group, inputs)
     moments_DD, num_tokens = stream_moments(model, group, batches, signal=signal, progress=progress)
     rotation_DD, energy_D = principal_directions(moments_DD)
     rotated, group, was_tied = _rotated(model, structure, group, norms, rotation_DD, inputs)
-    structure = dataclasses.replace(structure, groups={**structure.groups, group.key: group})
-    is_narrower = hidden_size < group.num_units
-    small = shrink(rotated, plan, structure=structure, inputs=inputs, consume=True) if is_narrower else rotated
+    if hidden_size < group.num_units:
+        structure = dataclasses.replace(structure, groups={**structure.groups, group.key: group})
+        first = Plan(cuts=(Cut(group.key, tuple(range(hidden_size))),))
+        rotated = shrink(rotated, first, structure=structure, inputs=inputs, consume=True)
     description = {
         "format": 1,
         "method": {"name": "rotation", "signal": signal, "calibration": fingerprint(batches), "num_tokens": num_tokens},
@@ -103,7 +102,7 @@ def rotate_and_slice(
         "was_tied": was_tied,
         "kept_energy": float(energy_D[:hidden_size].sum() / energy_D.sum()),
     }
-    return small, description
+    return rotated, description
 
 
 def stream_moments(

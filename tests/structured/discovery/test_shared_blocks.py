@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, ZambaConfig, ZambaForCausalLM
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import outputs, probe_inputs
+from lightning_prune.structured.discovery.probe import outputs
+from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.shrink import masked, shrink
 from lightning_prune.structured.width.method import Width
