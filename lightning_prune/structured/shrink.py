@@ -62,7 +62,8 @@ def _zeroed_in_turn(model: nn.Module, structure: Structure, cuts: Sequence[Cut])
     own: dict[nn.Module, list[Cut]] = {}
     whole: list[Cut] = []
     for cut in cuts:
-        block = _block_of(model, stack, structure.groups[cut.group].name)
+        group = structure.groups[cut.group]
+        block = None if group.layer is None else _block_of(model, stack, group.name)  # None also for a shared block
         (whole if block is None else own.setdefault(block, [])).append(cut)
     with ExitStack() as changes:
         changes.enter_context(zeroed(model, structure.groups, whole))
