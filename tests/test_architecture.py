@@ -67,7 +67,6 @@ FLOORS: dict[str, float] = {
     "report_plots": 2,
     "report_tables": 2,
     "saved_state": 2,
-    "structured.checksum": 0.5,
     "structured.groups": 1,
     "structured.undo": 1,
     "structured.discovery.blueprint": 2,

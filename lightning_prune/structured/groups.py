@@ -5,6 +5,8 @@ slices of several parameters, the members of the group. Removing it means cuttin
 zero simulates that without changing a shape.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structured.checksum import check_seal, sealed
-
-__all__ = ["Cut", "Fit", "Group", "Kind", "Member", "Plan", "Role", "Share", "zeroed"]
+__all__ = ["Cut", "Fit", "Group", "Kind", "Member", "Plan", "Role", "Share", "check_seal", "sealed", "zeroed"]
 
 Kind = Literal["ffn", "heads", "kv_groups", "hidden", "experts", "channels"]
 Role = Literal["out", "in", "vector", "norm"]
 Fit = Literal["moments", "least_squares"]
+_FIELD = "checksum"
 
 
 @dataclass(frozen=True)
@@ -248,3 +249,30 @@ def zeroed(model: nn.Module, groups: Mapping[str, Group], cuts: Sequence[Cut]) -
     finally:
         for data, dim, positions, values in reversed(backups):
             data.index_copy_(dim, positions, values)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values that JSON can hold with their checksum beside them."""
+    return {**values, _FIELD: _checksum(values)}
+
+
+def check_seal(values: Mapping[str, Any], *, what: str, cure: str) -> None:
+    """Check that values are those that were sealed.
+
+    Args:
+        values: as they were read.
+        what: they are, for the message.
+        cure: what to do.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    found, due = values.get(_FIELD), _checksum(values)
+    if found != due:
+        raise ValueError(f"{what} is damaged: its checksum is {found!r}, that of its content {due!r}; {cure}")
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """Return the first 16 digits of the SHA-256 of the values as JSON gives them back."""
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if key != _FIELD}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

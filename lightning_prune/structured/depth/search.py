@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_prune import distributed
-from lightning_prune.structured.checksum import check_seal, sealed
+from lightning_prune.structured.groups import check_seal, sealed
 
 __all__ = ["Candidate", "Removal", "Step", "Stop", "fingerprint_batches", "fingerprint_model", "greedy_search"]
 

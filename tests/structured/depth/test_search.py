@@ -182,8 +182,8 @@ def test_state_of_another_search_is_refused(tmp_path: Path) -> None:
     greedy_search(toy, candidates, Stop(count=1), state_file=path, fingerprint="one", progress=False)
     with pytest.raises(ValueError, match=r"another model, calibration or options \(one, here two\)"):
         greedy_search(toy, candidates, Stop(count=1), state_file=path, fingerprint="two", progress=False)
-    path.write_text(json.dumps({"format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    path.write_text(json.dumps({"format": 3}))
+    with pytest.raises(ValueError, match="format 3"):
         greedy_search(toy, candidates, Stop(count=1), state_file=path, fingerprint="one", progress=False)
 
 
