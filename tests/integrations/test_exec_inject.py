@@ -17,6 +17,7 @@ from lightning_prune.integrations import exec_inject, pruning_run
 from lightning_prune.integrations.exec_inject import EXIT_NOT_AS_PROMISED, EXIT_NOT_PRUNED, add_callback, run_exec
 from tests.integrations import training_programs as programs
 from tests.integrations.training_programs import differences, exec_command, run, zeros
+from tests.integrations.trainings import resumes_in_place
 
 pytestmark = pytest.mark.skipif(
     find_spec("lightning") is None or find_spec("transformers") is None, reason="needs the extras lightning and hf"
@@ -74,6 +75,7 @@ def test_lightning_script_is_pruned(lightning_folder: Path) -> None:
     }
 
 
+@resumes_in_place
 def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     moved = shutil.copy(lightning_folder / "whole" / "step=8.ckpt", lightning_folder / "moved.ckpt")
     command = (lightning_folder / "train.py", lightning_folder / "resumed", "--resume", moved)

@@ -11,6 +11,7 @@ import yaml
 
 from lightning_prune import cli
 from lightning_prune.recipe import Recipe
+from tests.integrations.trainings import resumes_in_place
 from tests.model_folders import TEXT, write_model_folder
 
 OWN_CLASSES = """
@@ -109,6 +110,7 @@ def test_classes_can_be_named_on_the_command_line(workplace: Path) -> None:
     assert share_of_zeros(workplace / "saved" / "step=8.ckpt") == [0.5, 0.5]
 
 
+@resumes_in_place
 def test_resume_is_exact_from_the_saved_configuration(workplace: Path) -> None:
     assert cli.main(["run", "--config", "job.yaml", "--prune.schedule.sparsity=0.75"]) == 0
     saved = workplace / "logs" / "lightning_logs" / "version_0" / "config.yaml"

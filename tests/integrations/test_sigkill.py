@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.integrations import training_programs as programs
 from tests.integrations.training_programs import differences, with_callback, zeros
+from tests.integrations.trainings import resumes_in_place
 
 HAS_TRAINERS = find_spec("lightning") is not None and find_spec("transformers") is not None
 HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
@@ -128,6 +129,7 @@ def test_transformers_survives(tmp_path: Path, context: BaseContext) -> None:
         assert differences(*(loaded(run.out / "checkpoint-24" / name) for run in (whole, killed))) == [], name
 
 
+@resumes_in_place
 def test_lightning_survives(tmp_path: Path, context: BaseContext) -> None:
     whole, killed = trainings(tmp_path, context, programs.LIGHTNING, LIGHTNING_ADAPTER, programs.LIGHTNING_RECIPE)
     whole.start()
