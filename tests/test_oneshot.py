@@ -525,4 +525,4 @@ def test_bars_say_what_is_done(scorer: Any, titles: list[str], capsys: pytest.Ca
     shown = capsys.readouterr().err
     assert [title for title in titles if title not in shown] == []
     prune(tiny_llama(), token_batches(), scorer=scorer)
-    assert capsys.readouterr().err == ""
+    assert "%|" not in capsys.readouterr().err
