@@ -228,4 +228,11 @@ MUTATIONS = (
         "return module",
         f"{TESTS}/test_recovery_run.py -k recovered_anew",
     ),
+    Mutation(
+        "weights replaced by a later callback are noticed",
+        f"{ADAPTERS}/hf_train_call.py",
+        "        self.done(self.trainer)\n",
+        "",
+        f"{TESTS}/test_hf_trainer.py -k replaced",
+    ),
 )

@@ -152,7 +152,7 @@ def _callback_class(adapter: _Adapter) -> type:
 def _watch_runs() -> None:
     """Let pruning runs mark how they end; a training that resumes where it had ended never starts one."""
     run_class: Any = importlib.import_module("lightning_prune.integrations.pruning_run").PruningRun
-    start, finish, abort = run_class.start, run_class.finish, run_class.abort
+    start, finish, abort, check = run_class.start, run_class.finish, run_class.abort, run_class.check_again
 
     @functools.wraps(start)
     def start_and_mark(run: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,6 +166,13 @@ def _watch_runs() -> None:
             _mark(_BROKEN, sentence)
         _mark(_ENDED)
 
+    @functools.wraps(check)
+    def check_and_mark(run: Any, model: Any) -> None:
+        num_known = len(run.broken)
+        check(run, model)
+        for sentence in run.broken[num_known:]:
+            _mark(_BROKEN, sentence)
+
     @functools.wraps(abort)
     def abort_and_mark(run: Any) -> bool:
         was_training: bool = abort(run)
@@ -174,6 +181,7 @@ def _watch_runs() -> None:
         return was_training
 
     run_class.start, run_class.finish, run_class.abort = start_and_mark, finish_and_mark, abort_and_mark
+    run_class.check_again = check_and_mark
 
 
 def _mark(event: str, sentence: str = "") -> None:

@@ -15,7 +15,7 @@ from lightning_prune.integrations.hf_checkpoints import resume_folder
 
 __all__ = ["TrainCall", "watch"]
 
-LetGo = Callable[[Trainer], None]
+Told = Callable[[Trainer], None]
 _TRAIN = "train"
 _PARTS = ("get_batch_samples", "training_step", "_maybe_log_save_evaluate")  # of a training that already runs
 _RESUME = "resume_from_checkpoint"
@@ -30,7 +30,7 @@ class TrainCall:
         let_go: called with the trainer after an exception, before it goes on its way.
     """
 
-    def __init__(self, trainer: Trainer, method: Callable[..., Any], let_go: LetGo) -> None:
+    def __init__(self, trainer: Trainer, method: Callable[..., Any], let_go: Told) -> None:
         self.trainer, self.method, self.let_go = trainer, method, let_go
         functools.update_wrapper(self, method)
 
@@ -44,7 +44,11 @@ class TrainCall:
 
 
 class _ResumingCall(TrainCall):
-    """The same for `train`, which may be asked to resume."""
+    """The same for `train`, which may be asked to resume; `done` is called with the trainer after its end."""
+
+    def __init__(self, trainer: Trainer, method: Callable[..., Any], let_go: Told, done: Told) -> None:
+        super().__init__(trainer, method, let_go)
+        self.done = done
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Train, from the last whole checkpoint if the newest is half-written."""
@@ -53,10 +57,12 @@ class _ResumingCall(TrainCall):
         if asked and output_dir is not None:
             found = resume_folder(asked, Path(output_dir))
             args, kwargs = ((found, *args[1:]), kwargs) if args else ((), kwargs | {_RESUME: found})
-        return super().__call__(*args, **kwargs)
+        result = super().__call__(*args, **kwargs)
+        self.done(self.trainer)
+        return result
 
 
-def watch(trainer: Trainer, let_go: LetGo) -> None:
+def watch(trainer: Trainer, let_go: Told, done: Told) -> None:
     """Call the trainings of a Trainer through `TrainCall`; once, however many callbacks ask for it.
 
     A callback that is added to a Trainer later is heard of only inside `train`; what `train` calls from there on is
@@ -69,4 +75,4 @@ def watch(trainer: Trainer, let_go: LetGo) -> None:
             for name in names:
                 if hasattr(owner, name) and not isinstance(vars(owner).get(name), TrainCall):
                     setattr(owner, name, TrainCall(trainer, getattr(owner, name), let_go))
-    setattr(trainer, _TRAIN, _ResumingCall(trainer, trainer.train, let_go))
+    setattr(trainer, _TRAIN, _ResumingCall(trainer, trainer.train, let_go, done))

@@ -56,7 +56,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch over the trainings of this Trainer; change what is trained."""
         trainer, _ = calling_trainer()
-        watch(trainer, _let_go)
+        watch(trainer, _let_go, _check_again)
         check_beside(self.run, [other.run for other in _callbacks(trainer) if other is not self])
         if self.run.recovery is not None:
             model = self.run.prepare(trainer.model)
@@ -69,7 +69,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Restore what the checkpoint holds, and attach."""
         trainer, resumed_from = calling_trainer()
-        watch(trainer, _let_go)
+        watch(trainer, _let_go, _check_again)
         if self.run.sparsifier.is_attached:  # to a training that died inside `train`, which starts again in there
             self.run.abort()
         callbacks = _callbacks(trainer)
@@ -212,6 +212,13 @@ def _let_go(trainer: Trainer) -> None:
     """Take everything of this library off a Trainer whose training has died."""
     for callback in _callbacks(trainer):
         callback.run.abort()
+
+
+def _check_again(trainer: Trainer) -> None:
+    """Look at the model once more: callbacks of the program may have changed it after ours."""
+    for callback in _callbacks(trainer):
+        if not callback.run.sparsifier.is_attached:
+            callback.run.check_again(trainer.callback_handler.model)
 
 
 def _checkpoint_folder(trainer: Trainer) -> Path:

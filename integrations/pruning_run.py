@@ -62,8 +62,7 @@ class PruningRun:
         self._tokenizer: Any = None
         self._spare: str | Path | None = None
         self._log: Log = _log_nothing
-        self._num_logged = -1
-        self._last_evaluated = -1
+        self._num_logged = self._last_evaluated = -1
         self._notes: list[str] = []
         if self.recipe.shrink is not None and (self.recipe.export is None or self.recipe.export.dir is None):
             raise ValueError("shrink.zeros has no effect without a folder for the smaller model; set export.dir")
@@ -250,10 +249,8 @@ class PruningRun:
     def _log_report(self) -> None:
         if self.sparsifier.num_updates != self._num_logged:
             self._num_logged = self.sparsifier.num_updates
-            self._log(self._summary())
-
-    def _summary(self) -> dict[str, float]:
-        return {name: value for name, value in self.sparsifier.report().metrics().items() if name.count("/") == 1}
+            metrics = self.sparsifier.report().metrics()
+            self._log({name: value for name, value in metrics.items() if name.count("/") == 1})
 
     def _evaluate(self, label: str, report: Report) -> None:
         options, model = self.recipe.evaluate, self._model
@@ -323,6 +320,13 @@ class PruningRun:
             self._write_report()
         self._let_go()
         return was_training
+
+    def check_again(self, model: nn.Module) -> None:
+        """Compare the model once more, after all else that a trainer does at its end; collective."""
+        if found := [new for new in self.sparsifier.verify(model) if not any(new in one for one in self.broken)]:
+            for sentence in found:
+                self._break(f"the weights were replaced after pruning had ended; put its callback last: {sentence}")
+            self._write_report()
 
     def _let_go(self) -> None:
         """Keep nothing of a trainer that is gone."""

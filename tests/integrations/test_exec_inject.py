@@ -374,6 +374,9 @@ class FakeRun:
     def finish(self) -> None:
         self.is_training = False
 
+    def check_again(self, model: object) -> None:
+        self.broken += ("seen later",)
+
     def abort(self) -> bool:
         was_training, self.is_training = self.is_training, False
         return was_training
@@ -396,6 +399,7 @@ def test_callbacks_and_runs_mark_how_a_training_goes(tmp_path: Path, monkeypatch
     one = FakeRun(("few zeros,\nas a \u201cstream\u201d ended", "no report"))
     one.start(1, total_steps=2)
     one.finish()
+    one.check_again(None)
     other = FakeRun()
     other.start(1, total_steps=2)
     assert (other.abort(), other.abort()) == (True, False)
@@ -405,6 +409,7 @@ def test_callbacks_and_runs_mark_how_a_training_goes(tmp_path: Path, monkeypatch
         "broken few zeros, as a \\u201cstream\\u201d ended",
         "broken no report",
         "ended",
+        "broken seen later",
         "started",
         "interrupted",
     ]

@@ -145,12 +145,16 @@ class Averages(TrainerCallback):
             model.model.layers[0].mlp.up_proj.weight.add_(0.01)
 
 
-def test_weights_that_were_replaced_are_said_aloud(tmp_path: Path) -> None:
-    callback = PruningCallback(recipe())
-    hf_trainer(tiny_llama(), tmp_path, [Averages(), callback]).train()
-    assert callback.run.report().sparsity < 0.5
-    assert "weights were replaced after the last step" in callback.run.broken[0]
-    assert callback.run.broken[0] in callback.run.report().notes
+@pytest.mark.parametrize("is_last", [True, False])
+def test_weights_that_were_replaced_are_said_aloud(tmp_path: Path, is_last: bool) -> None:
+    callback = PruningCallback(recipe() | {"report": {"dir": str(tmp_path / "page")}})
+    callbacks = [Averages(), callback] if is_last else [callback, Averages()]
+    hf_trainer(tiny_llama(), tmp_path / "run", callbacks).train()
+    (sentence,) = callback.run.broken
+    when = "after the last step" if is_last else "after pruning had ended; put its callback last"
+    assert sentence.startswith(f"the weights were replaced {when}")
+    assert "first model.layers.0.mlp.up_proj.weight" in sentence
+    assert sentence in json.loads((tmp_path / "page" / "report.json").read_text())["report"]["notes"]
 
 
 def test_no_best_checkpoint_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
