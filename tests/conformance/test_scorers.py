@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_prune import NM, Block, Once, Sparsifier, Unstructured, registry
+from lightning_prune.targets import Targets
 from lightning_prune.types import Granularity, Scorer, Stats, Target
 from tests.loops import adamw, batches
 from tests.tiny_models import tiny_llama, token_windows
@@ -146,14 +147,18 @@ def test_pruning_once_answers_the_same_twice(entry: registry.Entry) -> None:
 
 @every_scorer
 def test_a_layer_of_zeros_is_pruned_without_complaint(entry: registry.Entry) -> None:
-    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
     nn.init.zeros_(model[0].weight)
-    conductor = Sparsifier(schedule=Once(sparsity=0.5, at=1), scorer=entry.cls())
+    conductor = Sparsifier(
+        schedule=Once(sparsity=0.5, at=1), scorer=entry.cls(), targets=Targets(include=("*.weight",))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     conductor.attach(model, [optimizer], total_steps=1)
-    model(torch.zeros(2, 8)).sum().backward()
+    inputs_BN = torch.randn(5, 8)
+    (model[0](inputs_BN) + model[1](inputs_BN)).square().sum().backward()
     optimizer.step()
-    assert {name: int(mask.sum()) for name, mask in conductor.masks.items()} == {"0.weight": 16, "1.weight": 8}
+    assert {name: int(mask.sum()) for name, mask in conductor.masks.items()} == {"0.weight": 16, "1.weight": 16}
     conductor.detach()
 
 

@@ -85,6 +85,9 @@ def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     whole, resumed = (torch.load(lightning_folder / name / "last.ckpt") for name in ("whole", "resumed"))
     assert differences(whole["state_dict"], resumed["state_dict"]) == []
     assert differences(whole["optimizer_states"], resumed["optimizer_states"]) == []
+    notes = resumed["callbacks"]["PruningCallback"]["sparsifier"].pop("notes")
+    assert whole["callbacks"]["PruningCallback"]["sparsifier"].pop("notes") == []
+    assert [note.partition(",")[0] for note in notes] == ["training resumes after batch 2 of 6 of an epoch"]
     assert differences(whole["callbacks"]["PruningCallback"], resumed["callbacks"]["PruningCallback"]) == []
 
 

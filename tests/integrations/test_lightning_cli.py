@@ -160,7 +160,7 @@ def test_a_model_folder_fills_the_language_model(workplace: Path) -> None:
 
 
 WRONG = [
-    (["--config", "jobb.yaml"], "unknown recipe 'jobb.yaml'"),
+    (["--config", "jobb.yaml"], "jobb.yaml: no such file; a recipe is a YAML file or a packaged name"),
     (["--config", "job.yaml", "--trainer.max_stps=3"], "trainer.max_stps"),
     (["--config", "job.yaml", "--trainer.max_steps=many"], "Got value: many"),
     (["--config", "job.yaml", "--model.widht=3"], "widht"),
