@@ -208,7 +208,7 @@ class _Job:
     ) -> dict[str, dict[str, float | None]]:
         """Write blocks of different shapes; the numbers are those of the folder as it loads."""
         text = [] if plan.skip or plan.share else self._text()
-        expected = promised(self.model, self.structure, plan, text)
+        expected = promised(self.model, self.structure, plan, text) if text else []
         folder = export_per_layer(
             self.model,
             plan,
