@@ -34,6 +34,8 @@ WHOLE = StateDictOptions(full_state_dict=True)
 class Experts(nn.Module):
     """Three stacked linear maps, averaged: a weight of three dimensions whose first one two does not divide."""
 
+    is_transposed = True
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3, WIDTH, WIDTH, dtype=torch.float64) / WIDTH)
@@ -87,9 +89,10 @@ class Stack(nn.Module):
 
 
 def recipe(**prune: Any) -> dict[str, Any]:
-    """Return a recipe that prunes 0.2 at step 1 and 0.5 at step 3 of 4, all linear layers unless told otherwise."""
+    """Return a recipe that prunes 0.2 at step 1 and 0.5 at step 3 of 4, weights of all layers unless told otherwise."""
     options = {"sparsity": 0.5, "initial": 0.2, "start": 1, "end": 3, "interval": 2}
-    return {"prune": {"schedule": {"class_path": "Linear", "init_args": options}} | prune}
+    targets = {"include": ["layers.*"]} | prune.pop("targets", {})  # `single` would pass for a gate
+    return {"prune": {"schedule": {"class_path": "Linear", "init_args": options}, "targets": targets} | prune}
 
 
 def wrap(model: Stack, way: Way) -> nn.Module:

@@ -145,7 +145,7 @@ def test_a_given_model_is_taken_as_it_is(out: Path, text: Path, tmp_path: Path) 
         ("prune.schedule.end=500", "schedule.end is step 500, beyond the 12 steps"),
         ("evaluate.tasks=[next_line]", "name both in evaluate.tasks"),
         ("evaluate.at=[end]", r"evaluate.at must be .start, end."),
-        ("evaluate=null", "needs the sections evaluate and export"),
+        ("export=null", "needs the sections evaluate and export"),
         ("export.dir=elsewhere", "leave export.dir, report.dir and evaluate.include_path null"),
         ("trainer.max_steps=null", "needs a number of steps as trainer.max_steps"),
         ("trainer.no_such=1", "section trainer: .*no_such"),

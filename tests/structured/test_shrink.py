@@ -85,12 +85,11 @@ def test_saved_and_loaded_it_computes_and_generates_the_same(parent: PreTrainedM
     torch.testing.assert_close(chunked, logits(loaded, ids_NT), atol=1e-4, rtol=0)
 
 
-def test_keeping_everything_is_the_identity(parent: PreTrainedModel) -> None:
+def test_keeping_everything_is_refused(parent: PreTrainedModel) -> None:
     structure = discover(parent)
     everything = tuple(Cut(group.key, tuple(range(group.num_units))) for group in structure.groups.values())
-    small = shrink(parent, Plan(cuts=everything), structure=structure)
-    assert all(torch.equal(value, small.state_dict()[name]) for name, value in parent.state_dict().items())
-    assert all(a is not b for a, b in zip(parent.parameters(), small.parameters(), strict=True))
+    with pytest.raises(ValueError, match=f"removes nothing: all units of the {len(everything)} groups"):
+        shrink(parent, Plan(cuts=everything), structure=structure)
 
 
 def test_the_smaller_model_can_be_trained_resized_and_cut_again() -> None:
