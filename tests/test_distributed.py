@@ -283,6 +283,7 @@ def fail_on_one_rank(way: Way) -> tuple[bool, bool]:
     return attached, any(parameter._post_accumulate_grad_hooks for parameter in training.model.parameters())
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_detaches_it_alone(ranks: Processes) -> None:
     assert ranks.run(fail_on_one_rank, "fsdp") == [(False, False), (True, False)]
 

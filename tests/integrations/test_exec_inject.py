@@ -92,6 +92,7 @@ def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     assert differences(*states) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_lightning_starts_are_pruned(lightning_folder: Path) -> None:
     program = lightning_folder / "train.py"
     text = (
@@ -158,6 +159,7 @@ def final(folder: Path) -> dict[str, Any]:
     return weights
 
 
+@pytest.mark.slow
 def test_module_is_pruned(transformers_folder: Path) -> None:
     sparsity = zeros(final(transformers_folder / "whole"))
     assert len(sparsity) == 2 * 7 + 2
@@ -167,11 +169,13 @@ def test_module_is_pruned(transformers_folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_subclass_of_trainer_gets_one_callback(transformers_folder: Path) -> None:
     line = next(line for line in (transformers_folder / "printed").read_text().splitlines() if "callbacks" in line)
     assert line.split().count("PruningCallback") == 1
 
 
+@pytest.mark.slow
 def test_transformers_script_resumes_exactly(transformers_folder: Path) -> None:
     whole, resumed = transformers_folder / "whole", transformers_folder / "resumed"
     moved = shutil.copytree(whole / "checkpoint-8", transformers_folder / "moved" / "checkpoint-8")
@@ -203,6 +207,7 @@ def test_trainer_that_never_trains_is_an_error(transformers_folder: Path, caplog
     assert "did not train it" in caplog.text
 
 
+@pytest.mark.slow
 def test_workers_of_torchrun_are_pruned(transformers_folder: Path) -> None:
     launcher = Path(sys.executable).with_name("torchrun")
     out = transformers_folder / "inside"

@@ -32,6 +32,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_transformers_and_a_bare_loop_give_the_same_weights_and_resume(tmp_path: Path) -> None:
     model = tiny_llama()
     callback = hf_gradual_shrink.ShrinkingCallback(SHRINK)
@@ -54,10 +55,8 @@ def test_mixed_precision_cuts_as_full_precision_does(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("stop", [pytest.param(2, marks=SLOW), NUM_STEPS // 2, pytest.param(NUM_STEPS - 1, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, NUM_STEPS // 2, NUM_STEPS - 1])
 def test_lightning_resumes_a_smaller_model_into_a_full_size_module(stop: int, tmp_path: Path) -> None:
     def callback() -> lightning_gradual_shrink.ShrinkingCallback:
         return lightning_gradual_shrink.ShrinkingCallback(SHRINK)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from lightning.pytorch import Callback
 
 from lightning_prune.integrations.lightning_package import base_class, loaded_classes
@@ -38,6 +39,7 @@ assert "lightning.pytorch" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_of_pytorch_lightning_takes_the_callback() -> None:
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -73,7 +73,8 @@ def run_transformers(way: Way, folder: Path) -> tuple[dict[str, Tensor], int]:
     return trained(trainer.model, int(callback.run.recovery._num_tokens))
 
 
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_trainers_and_ranks_agree(ranks: Processes, tmp_path: Path, way: Way) -> None:
     found = {}
     for run in (run_lightning, run_transformers):

@@ -129,7 +129,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not differing, f"tensors differ: {differing}"
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize(
     "scorer",
     ["Wanda", pytest.param("Magnitude", marks=pytest.mark.slow), pytest.param("Taylor", marks=pytest.mark.slow)],

@@ -89,6 +89,7 @@ def test_the_tokenizer_opens_without_the_modelling_file(name: str, plan: Plan, t
         type(model).from_pretrained(out)
 
 
+@pytest.mark.slow
 def test_folders_open_without_the_package(tmp_path: Path) -> None:
     for name in READ:
         model, structure = parent(name)

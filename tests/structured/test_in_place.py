@@ -144,6 +144,7 @@ def train_after_a_cut() -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_ranks_stay_together_after_a_cut() -> None:
     with Processes() as processes:
         first, second = processes.run(train_after_a_cut)

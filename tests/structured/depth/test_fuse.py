@@ -217,7 +217,7 @@ def test_the_recipe_says_what_the_class_does() -> None:
     assert Plan.from_dict(Plan(method={"name": "FuseGPT"}).as_dict()).method["name"] == "FuseGPT"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_golden_fusion() -> None:
     model = stories3m()

@@ -82,7 +82,7 @@ def test_errors() -> None:
         block_influence(model, [])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_influence_of_the_trained_model() -> None:
     model = stories3m()
     found = block_influence(model, sampled(model, seed=1))

@@ -256,6 +256,7 @@ def test_search_resumes_on_the_same_model_and_data_alone(tmp_path: Path, monkeyp
         pruner.plan(model, structure_of(groups), BATCHES, state_file=path, progress=False)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
     with Processes(2) as processes:
         for index, method in enumerate((BlockPruner(stop=Stop(count=3)), FinerCut(stop=Stop(count=2)), METHODS[0])):
@@ -324,7 +325,7 @@ def perplexities(model: PreTrainedModel, batches: list[dict[str, Tensor]], plan:
     return values
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_block_search(trained: Any) -> None:
     model, calibration, test = trained
     assert math.exp(NextTokenLoss().prepare(model, test)(intact)) == pytest.approx(3.62, rel=0.1)
@@ -338,7 +339,7 @@ def test_golden_block_search(trained: Any) -> None:
     assert ShortGPT(num_blocks=2).plan(model, NOTHING, calibration).method["order"] == [2, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_sub_block_search(trained: Any) -> None:
     model, calibration, test = trained
     groups = llama_groups(model)
@@ -348,7 +349,7 @@ def test_golden_sub_block_search(trained: Any) -> None:
     assert perplexities(model, test, plan) == pytest.approx([5.89, 10.3, 25.2, 70.3], rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("criterion", "path"),
     [

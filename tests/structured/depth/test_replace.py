@@ -224,7 +224,7 @@ def test_wrong_options_are_refused() -> None:
         ReplaceMe(num_blocks=1).plan(model, structure_of(groups), BATCHES[:2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("num_blocks", "start", "deleted", "replaced"), [(1, 2, 17.7, 8.80), (2, 1, 212, 20.5)])
 def test_golden_replacement(num_blocks: int, start: int, deleted: float, replaced: float) -> None:
     model = stories3m()

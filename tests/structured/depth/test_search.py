@@ -259,7 +259,7 @@ def test_one_step_equals_exhaustive_search_and_two_steps_where_greedy_is_right(s
     assert pairs[pair] == min(value for key, value in pairs.items() if int(found.labels[0]) in key)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_greedy_pair_of_the_trained_model_is_the_exhaustive_best() -> None:
     model = stories3m()
     batches = sampled(model, seed=1, num=64)

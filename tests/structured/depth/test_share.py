@@ -210,7 +210,7 @@ def test_the_recipe_says_what_the_class_does() -> None:
     assert recipe.export.format == "per_layer"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_normalisation_helps_a_trained_model() -> None:
     model = stories3m()
     calibration, test = sampled(model, seed=1, num=64), sampled(model, seed=2, num=64)

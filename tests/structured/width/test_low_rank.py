@@ -213,7 +213,7 @@ def perplexity(model: Any, batches: list[dict[str, Tensor]]) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_perplexities_of_a_trained_model_are_the_measured_ones() -> None:
     # measured before by independent code, on other samples of the same model
     batches, test = sampled(stories3m(), 1), sampled(stories3m(), 2)

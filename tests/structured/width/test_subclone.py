@@ -244,7 +244,7 @@ def perplexity(model: Any, batches: list[dict[str, Tensor]]) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_perplexities_of_a_trained_model_are_the_measured_ones() -> None:
     # FFN 25 % by activation 10.4 and 7.05 with least squares, 168 channels 17.9: measured before by independent code
     model = stories3m()

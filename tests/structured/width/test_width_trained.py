@@ -43,7 +43,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_perplexities_of_a_trained_model_are_the_measured_ones(trained: Any) -> None:
     # measured before by independent code, on other samples of the same model; dense 3.62
     load, batches, test_ids = trained
