@@ -56,8 +56,8 @@ MUTATIONS = (
     ),
     Mutation(
         "options of a LoRA are checked when the recipe is loaded",
-        f"{CORE}/recipe_sections.py",
-        """        if values.get("r", 1) < 1:""",
+        f"{CORE}/recovery/lora_options.py",
+        "        if rank < 1:",
         "        if False:",
         f"{RECIPE} -k names_the_file",
     ),

@@ -70,8 +70,8 @@ MUTATIONS = (
     Mutation(
         "networks inside metrics are left alone",
         f"{LIBRARY}/choice.py",
-        "return {id(part): METRIC for metric in found for part in metric.modules()}",
-        "return {}",
+        "measuring = {id(part): METRIC for metric in metrics for part in metric.modules()}",
+        "measuring = {}",
         "tests/test_choice.py -k metrics",
     ),
     Mutation(

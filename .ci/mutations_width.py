@@ -56,8 +56,8 @@ MUTATIONS = (
     Mutation(
         "units of stacked experts come in whole rows",
         f"{STRUCTURED}/discovery/proposals.py",
-        "compensations(_in_rows(groups), self.roles)",
-        "compensations(groups, self.roles)",
+        "compensations(_in_rows(self._shared_once(groups)), self.roles)",
+        "compensations(self._shared_once(groups), self.roles)",
         f"{TESTS}/discovery/test_routing.py -k sixteen",
     ),
     Mutation(
