@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from mutation import Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,8 +305,12 @@ def survives(mutation: Mutation) -> bool:
         raise SystemExit(f"{mutation.file} no longer contains {mutation.code!r}; bring the list up to date")
     try:
         path.write_text(original.replace(mutation.code, mutation.replacement), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+        options = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not network")
+        command = [sys.executable, "-m", "pytest", *options, *mutation.tests.split()]
+        code = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            raise SystemExit(f"no test is chosen by {mutation.tests!r}; bring the list up to date")
+        return code == 0
     finally:
         path.write_text(original, encoding="utf-8")
 
