@@ -72,7 +72,7 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel
     except (ValueError, OSError) as error:
         raise _unopened(name, error) from error
     except Exception as error:  # of the formats of weights, which raise their own for damaged files
-        if "mismatched" not in str(error):
+        if "mismatch" not in str(error):
             raise _unopened(name, error) from error
         raise ValueError(
             f"weights of {name} have other shapes than {_declared(config)} with its config.json; the two do not belong "
