@@ -12,11 +12,11 @@ Limits: models that predict the next token. The kept text is found again by a sa
 Shapes: N sequences, T tokens of each, B documents at a time.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -158,24 +158,30 @@ def _fingerprint(model: PreTrainedModel, settings: list[int]) -> str:
 
 
 def _kept(path: Path, num_sequences: int, sequence_length: int) -> Tensor | None:
-    """Return a text kept before; None where there is none, or it is damaged."""
+    """Return a text kept before; None where there is none, and, said aloud, where it is damaged."""
+    if not path.exists():
+        return None
     try:
         content = json.loads(path.read_bytes())
         ids_NT = torch.tensor(content["ids"], dtype=torch.int64)
+        if ids_NT.shape == (num_sequences, sequence_length) and content.get("sha256") == _sum(content["ids"]):
+            return ids_NT
     except (OSError, ValueError, LookupError, TypeError):
-        return None
-    is_whole = ids_NT.shape == (num_sequences, sequence_length) and content.get("sha256") == _sum(content["ids"])
-    return ids_NT if is_whole else None
+        pass
+    logger.warning("the text kept in %s is damaged or cannot be read; the model writes it anew", path)
+    return None
 
 
 def _keep(path: Path, ids_NT: Tensor) -> None:
     content = {"ids": ids_NT.tolist(), "sha256": _sum(ids_NT.tolist())}
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="ascii") as file:
-            json.dump(content, file)
-        os.replace(file.name, path)
+        aside.write_text(json.dumps(content), encoding="ascii")
+        os.replace(aside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         logger.warning("the text is not kept for the next time: %s", error)
 
 

@@ -94,11 +94,10 @@ class Transposed(Layout):
 
 
 @dataclass(frozen=True)
-class Kernel(Layout):
-    """A convolution: (O, I / G, kernel ...), one row per output channel."""
+class _Taps(Layout):
+    """What kernels of both directions have: groups, and positions behind two dimensions of channels."""
 
     groups: int = 1
-    title = "(out, in, kernel)"
 
     @property
     def num_groups(self) -> int:
@@ -108,6 +107,13 @@ class Kernel(Layout):
     def num_taps(self, shape: torch.Size) -> int:
         """Return the positions of the kernel."""
         return shape[2:].numel()
+
+
+@dataclass(frozen=True)
+class Kernel(_Taps):
+    """A convolution: (O, I / G, kernel ...), one row per output channel."""
+
+    title = "(out, in, kernel)"
 
     def shape_OI(self, shape: torch.Size) -> tuple[int, int]:
         """Return rows and columns."""
@@ -124,21 +130,11 @@ class Kernel(Layout):
 
 
 @dataclass(frozen=True)
-class TransposedKernel(Layout):
+class TransposedKernel(_Taps):
     """A transposed convolution: (I, O / G, kernel ...), one row per output channel."""
 
-    groups: int = 1
     title = "(in, out, kernel)"
     is_by_rows = False
-
-    @property
-    def num_groups(self) -> int:
-        """Return into how many parts the rows fall that read inputs of their own."""
-        return self.groups
-
-    def num_taps(self, shape: torch.Size) -> int:
-        """Return the positions of the kernel."""
-        return shape[2:].numel()
 
     def shape_OI(self, shape: torch.Size) -> tuple[int, int]:
         """Return rows and columns."""

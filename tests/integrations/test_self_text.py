@@ -81,7 +81,7 @@ def test_text_depends_on_the_seed_alone_and_leaves_other_randomness_as_it_was() 
 
 
 def test_text_is_kept_for_the_same_weights_and_settings_and_not_when_damaged(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, writer = writing(monkeypatch, [[BEGIN, 5, 6, 7]])
     first_NT = own_text(model, num_sequences=1, sequence_length=4)  # type: ignore[arg-type]
@@ -96,6 +96,9 @@ def test_text_is_kept_for_the_same_weights_and_settings_and_not_when_damaged(
         number = len(writer.asked)
         assert torch.equal(own_text(model, num_sequences=1, sequence_length=4), first_NT)  # type: ignore[arg-type]
         assert len(writer.asked) == number + 1
+        assert ".json is damaged or cannot be read; the model writes it anew" in caplog.text
+        caplog.clear()
+        assert [kept.name for kept in cache_folder().iterdir() if kept.suffix != ".json"] == []
     with torch.no_grad():
         model.lm_head.weight[0] += 1  # type: ignore[index, operator, union-attr]
     number = len(writer.asked)
