@@ -30,14 +30,14 @@ MUTATIONS = (
         f"{CORE}/calls.py",
         "            outer.is_past_decoder = True",
         "            pass",
-        f"{TESTS}/test_calls.py",
+        f"{TESTS}/test_calls.py -k follows_the_decoder",
     ),
     Mutation(
         "arguments by position are read",
         f"{CORE}/calls.py",
         "dict(zip(self.signature.parameters, args, strict=False)) if self.own else {}",
         "{}",
-        f"{TESTS}/test_calls.py -k inner_model",
+        f"{TESTS}/test_calls.py -k by_position",
     ),
     Mutation(
         "a batch that is one argument is read",

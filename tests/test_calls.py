@@ -20,8 +20,8 @@ Batch = Mapping[str, Any]
 Norms = dict[str, tuple[int, Tensor]]  # number of tokens and norms, by target
 
 
-def norms(model: nn.Module, run: Callable[[], object]) -> Norms:
-    bindings = [binding for binding in Targets().resolve(model) if type(binding.module) is nn.Linear]
+def norms(model: nn.Module, run: Callable[[], object], *, include: tuple[str, ...] = ()) -> Norms:
+    bindings = [b for b in Targets(include=include).resolve(model) if type(b.module) is nn.Linear]
     feeds = [(b, InputNorm(b.parameter.detach(), b.shape_OI[1])) for b in bindings]
     handles = hooks.observe_inputs(model, feeds, only_training=False)
     with torch.no_grad():
@@ -97,6 +97,16 @@ def test_masks_of_an_encoder_decoder_do_not_depend_on_padding(make: Callable[[],
     for prune in (once, trained):
         short = prune(6, 5)
         assert all(torch.equal(short[name], mask) for name, mask in prune(13, 8).items())
+
+
+@pytest.mark.parametrize(("make", "pad"), [(lambda: tiny_family("t5"), 0), (tiny_bart, 1)])
+def test_what_follows_the_decoder_reads_its_tokens(make: Callable[[], PreTrainedModel], pad: int) -> None:
+    model = make().eval()
+    config = model.config
+    config.tie_word_embeddings = False
+    model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)  # of its own, as a model for new words has
+    found = norms(model, lambda: model(**two_sides(pad, 6, 6)), include=("lm_head.weight",))
+    assert {name: count for name, (count, _) in found.items()} == {"lm_head.weight": 5 + 2}
 
 
 def test_a_decoder_mask_is_taken_at_its_word() -> None:
@@ -210,6 +220,13 @@ class Routed(nn.Module):
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         return hidden
+
+
+def test_a_mask_by_position_reaches_layers_that_get_none() -> None:
+    attention_mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    model = Routed()
+    found = norms(model, lambda: model(token_windows(2, 6), attention_mask))
+    assert sum(count for count, _ in found.values()) == 2 * (6 + 3)
 
 
 def test_rows_that_a_router_picked_are_told_from_padding() -> None:

@@ -77,14 +77,14 @@ def test_a_mask_of_four_dimensions_is_no_padding_mask() -> None:
     assert counts(statistics) == {4}
 
 
-def test_a_model_inside_another_shows_its_mask_too() -> None:
+def test_a_batch_shows_its_mask_also_where_the_model_inside_gets_none() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny_llama()
 
         def forward(self, batch: dict[str, Tensor]) -> Tensor:
-            return self.inner(**batch).logits
+            return self.inner(batch["input_ids"]).logits  # causal: on the right, padding needs no mask
 
     model = Outer()
     statistics, _ = observed(model)
