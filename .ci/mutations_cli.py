@@ -66,7 +66,7 @@ MUTATIONS = (
         f"{CORE}/names.py",
         "    return text if len(text) <= length else",
         "    return text if True else",
-        f"{RECIPE} -k mutants",
+        "tests/test_names.py",
     ),
     Mutation(
         "the command line answers before torch is imported",

@@ -62,7 +62,7 @@ MUTATIONS = (
         f"{CORE}/held_masks.py",
         "ours = len(masks_now) == len(self.masks) and all(",
         "ours = all(",
-        f"{HELD} -k another_model",
+        f"{HELD} -k other_names",
     ),
     Mutation(
         "masks follow a model into a wrapper",

@@ -121,7 +121,7 @@ MUTATIONS = (
         f"{CORE}/loss_gradients.py",
         "            if count:",
         "            if True:",
-        f"{TESTS}/test_oneshot.py -k counts_change_nothing",
+        f"{TESTS}/test_loss_gradients.py -k left_out",
     ),
     Mutation(
         "a loss that is no mean over rows is taken whole",

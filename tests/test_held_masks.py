@@ -14,7 +14,7 @@ from lightning_prune.scorers.gradient import Gradient
 from lightning_prune.scorers.taylor import Taylor
 from tests.loops import NUM_STEPS, adamw, assert_same_masks, assert_same_weights, batches, sparsifier, train
 from tests.test_optimizer_steps import Lookahead, Rescaled, SharpnessAware
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_llama, tiny_mlp
 
 PRUNED = Once(sparsity=0.5)
 ALL = Targets(include=("*_proj.weight",))
@@ -160,6 +160,13 @@ def test_one_weight_that_came_back_makes_it_another_model() -> None:
         model.model.layers[1].mlp.up_proj.weight[tuple((~mask).nonzero()[0])] = 1e-3
     with pytest.raises(ValueError, match="do not fit this model"):
         conductor.attach(model, [adamw(model)], total_steps=NUM_STEPS)
+
+
+def test_masks_of_prune_once_are_refused_by_a_model_with_other_names() -> None:
+    conductor = Sparsifier(schedule=PRUNED)
+    conductor.prune_once(tiny_llama())
+    with pytest.raises(ValueError, match="do not fit this model"):
+        conductor.attach(model := tiny_mlp(), [adamw(model)], total_steps=NUM_STEPS)
 
 
 def test_masks_of_prune_once_follow_the_model_into_a_wrapper() -> None:

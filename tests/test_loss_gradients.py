@@ -62,6 +62,16 @@ def test_rows_count_by_their_labels() -> None:
         torch.testing.assert_close(score, (8 * first[name] + 2 * second[name]) / 10, rtol=1e-4, atol=1e-9)
 
 
+def test_rows_without_a_label_that_counts_are_left_out() -> None:
+    ids = token_windows(3, 8)
+    labels = ids.clone()
+    labels[1] = -100
+    whole, _ = observed(tiny_llama(), [{"input_ids": ids, "labels": labels}])
+    rest, _ = observed(tiny_llama(), [{"input_ids": ids[[0, 2]]}])
+    for name, score in whole.items():
+        torch.testing.assert_close(score, rest[name])
+
+
 @pytest.mark.parametrize(
     ("kind", "batch"),
     [("sum", {}), ("whole", {}), ("mean", {"images": torch.rand(7, 3)}), ("mean", {"images": [1] * 4})],

@@ -62,6 +62,13 @@ def test_spans_are_numbers_of_tokens() -> None:
     assert spans(config) == {("sliding_window",): 40, ("chunk_size",): 7}
 
 
+def test_what_no_probe_can_be_made_up_for_is_refused() -> None:
+    model = tiny_llama()
+    model.main_input_name = "input_features"
+    with pytest.raises(ValueError, match="LlamaForCausalLM reads 'input_features', for which no probe can be made up"):
+        probe_inputs(model)
+
+
 def test_both_sides_of_a_model_read() -> None:
     config = T5Config(vocab_size=64, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config)
