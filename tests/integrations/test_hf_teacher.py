@@ -58,10 +58,6 @@ def test_a_masked_language_model_is_loaded_as_one(tmp_path: Path) -> None:
     assert type(opened(tmp_path, student_tokenizer=None)).__name__ == "BertForMaskedLM"
 
 
-def nobody_is_asked(*args: object) -> str:
-    raise AssertionError("a question at the terminal")
-
-
 def brings_code(folder: Path) -> None:
     """Make a folder whose model only its own code opens, as one with blocks of different shapes is."""
     config = {"model_type": "of_its_own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
@@ -98,7 +94,8 @@ def is_cut_off(folder: Path) -> None:
 def test_a_folder_that_cannot_teach_is_refused_at_start_in_one_line(
     make: Callable[[Path], None], message: str, is_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("builtins.input", nobody_is_asked)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question))
     make(tmp_path)
     cache = {"top_k": 8, "cache_dir": str(tmp_path / "cache")} if is_cached else {}
     options = Distill(teacher=str(tmp_path), **cache)  # type: ignore[arg-type]
@@ -106,6 +103,7 @@ def test_a_folder_that_cannot_teach_is_refused_at_start_in_one_line(
         pytest.skip("weights are read when a text is not in the cache")
     with pytest.raises(ValueError, match=message) as caught:
         distiller_of(options, copied=None, student_tokenizer=None, device=CPU)
+    assert not asked
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
 

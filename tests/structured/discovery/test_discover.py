@@ -311,3 +311,11 @@ def test_refusals_name_a_cause_and_no_shapes_of_torch() -> None:
     assert reason.startswith("Tied with half of intermediate_size does not run (RuntimeError)")
     assert "48" not in reason
     assert len(reason) < 300
+
+
+def test_a_model_whose_outputs_are_undefined_is_refused() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives infinite or undefined outputs on the probe"):
+        discover(model, kinds=("ffn",))
