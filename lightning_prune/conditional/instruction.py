@@ -1,0 +1,385 @@
+"""Let a model choose its own sub-network from the instruction: instruction-following pruning.
+
+A small predictor reads the instruction once and says, for every block, which FFN units (or key/value groups) compute.
+Predictor and model are trained together with the ordinary loss; afterwards each instruction is served by a physically
+small model, see `predictors.sub_model`.
+
+Source: Hou et al., Instruction-Following Pruning, arXiv 2501.02086. The start from importance, dropped beginnings of
+    instructions, the guard against collapse and a budget given at run time are our own.
+Cost: in training one pass of the predictor and one product per unit and token; nothing is skipped before a
+    sub-network is gathered.
+Limits: one sample per row; no units of experts.
+Causality: the masks come from the instruction alone, before the first token that is generated, and stay.
+
+Shapes: B samples, U units of a group.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import distributed
+from lightning_prune.bounds import at_least
+from lightning_prune.calibration import evaluating
+from lightning_prune.conditional.method import Condition, ConditionMethod
+from lightning_prune.predictors.budget import Budget
+from lightning_prune.predictors.collapse import CollapseGuard, Conditioning
+from lightning_prune.predictors.encoder import Encoder, OwnLayers
+from lightning_prune.predictors.mask_predictor import MaskPredictor
+from lightning_prune.predictors.prompt import Prompt, Reads
+from lightning_prune.predictors.soft_top_k import SoftTopK
+from lightning_prune.predictors.unit_importance import UnitImportance, clusters, fit_head
+from lightning_prune.predictors.unit_masks import UnitMasks
+from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.structured.discovery.probe import difference, outputs, tolerance
+from lightning_prune.structured.discovery.probe_inputs import probes
+from lightning_prune.structured.groups import Cut, Group, zeroed
+from lightning_prune.structured.structure import Stack, Structure
+
+__all__ = ["Instruction", "InstructionCondition", "Predictor", "Start"]
+
+logger = logging.getLogger(__name__)
+NAME = "mask_predictor"  # of the predictor in the model
+_CACHE_MARK = "_lightning_prune_masks"  # on a key/value cache: the masks that it was filled under
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """What scores the units.
+
+    Args:
+        encoder: turns the instruction into a vector.
+        hidden: width between the two layers of the head.
+        spread: deviation of the scores across instructions at the start, see `ScoreHead`.
+    """
+
+    encoder: Encoder = field(default_factory=OwnLayers)
+    hidden: int = 128
+    spread: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(1, hidden=self.hidden)
+        if not 0 < self.spread < math.inf:
+            raise ValueError(f"spread must be positive and finite, got {self.spread}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How the predictor starts from what matters to the instructions of the training, instead of from chance.
+
+    Args:
+        num_sequences: of the training data that are measured.
+        num_clusters: of instructions, each with an importance of its own.
+        num_steps: of the fit before training; 0 keeps the mean importance as bias alone.
+    """
+
+    num_sequences: int = 256
+    num_clusters: int = 8
+    num_steps: int = 150
+
+    def __post_init__(self) -> None:
+        at_least(2, num_sequences=self.num_sequences)
+        at_least(1, num_clusters=self.num_clusters)
+        at_least(0, num_steps=self.num_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction(ConditionMethod):
+    """Options of instruction-following pruning.
+
+    Args:
+        budget: how many units compute.
+        kinds: of units: `ffn`, and `kv_groups` beside them.
+        predictor: see `Predictor`.
+        choice: how scores become masks; `hard` where the model is trained from scratch.
+        reads: which tokens are the instruction.
+        start: from importance; null starts from random scores, which loses to a fixed mask.
+        guard: against masks that no longer depend on the instruction; null measures nothing.
+        ramp: share of the training, in [0, 1), over which the masks are blended in.
+        rate: what the learning rate is multiplied by for the predictor.
+        seed: of what is drawn.
+    """
+
+    budget: Budget
+    kinds: tuple[Literal["ffn", "kv_groups"], ...] = ("ffn",)
+    predictor: Predictor = field(default_factory=Predictor)
+    choice: SoftTopK = field(default_factory=SoftTopK)
+    reads: Reads = field(default_factory=Reads)
+    start: Start | None = field(default_factory=Start)
+    guard: CollapseGuard | None = field(default_factory=CollapseGuard)
+    ramp: float = 0.1
+    rate: float = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.kinds or len(set(self.kinds)) != len(self.kinds):
+            raise ValueError(f"kinds names each kind of unit once and at least one, got {list(self.kinds)}")
+        if not 0 <= self.ramp < 1:
+            raise ValueError(f"ramp must be in [0, 1), a share of the training, got {self.ramp}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate multiplies a learning rate and must be positive, got {self.rate}")
+
+    def insert(self, model: nn.Module, stack: Stack, structure: Structure | None = None) -> "InstructionCondition":
+        """Put the predictor into a model, and its masks on the model's units.
+
+        Raises:
+            ValueError: if units cannot be masked, the budget does not fit, or the model has a predictor already.
+        """
+        if hasattr(model, NAME):
+            raise ValueError(f"this {type(model).__name__} has a {NAME} already; take it off with Condition.remove")
+        structure = structure or discover(model, kinds=list(self.kinds))
+        groups = [group for kind in self.kinds for group in structure.of_kind(kind)]
+        predictor = MaskPredictor(
+            model,
+            groups,
+            keep=self.budget.numbers(groups),
+            encoder=self.predictor.encoder.build(model),
+            hidden=self.predictor.hidden,
+            spread=self.predictor.spread,
+            choice=self.choice,
+        )
+        _prove(model, predictor.units, groups)
+        first = next(model.parameters())
+        predictor.to(device=first.device)
+        model.add_module(NAME, predictor)
+        return InstructionCondition(self, model, predictor)
+
+
+class InstructionCondition(Condition):
+    """A predictor at work in a model, whose `forward` then runs under the masks of its own instruction."""
+
+    def __init__(self, options: Instruction, model: nn.Module, predictor: MaskPredictor) -> None:
+        self.options, self.model, self.predictor = options, model, predictor
+        self._step = 0
+        self._fixed: list[Tensor] | None = None
+        self._is_whole = False
+        self._measured: Conditioning | None = None
+        predictor.units.attach(model)
+        self._forward = _Conditioned(self, model.forward)
+        model.forward = self._forward
+
+    def added(self) -> Mapping[str, nn.Module]:
+        """Return the predictor."""
+        return {NAME: self.predictor}
+
+    def begin(self, *, total_steps: int) -> None:
+        """Set the length of the ramp; go on where a restored predictor stands."""
+        self.predictor.ramp_steps.fill_(math.ceil(self.options.ramp * total_steps))
+        self._step = int(self.predictor.num_steps)
+
+    def after_step(self) -> None:
+        """Count one optimizer step."""
+        self._step += 1
+        self.predictor.num_steps.fill_(self._step)
+
+    @property
+    def step(self) -> int:
+        """Return the optimizer steps taken."""
+        return self._step
+
+    def remove(self) -> None:
+        """Take the predictor and all hooks off the model."""
+        self._forward.is_on = False
+        if self.model.__dict__.get("forward") is self._forward:
+            del self.model.forward  # the class has its own
+        self.predictor.units.detach()
+        if getattr(self.model, NAME, None) is self.predictor:
+            delattr(self.model, NAME)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Run the calls inside without masks: the parent as it is."""
+        before, self._is_whole = self._is_whole, True
+        try:
+            yield
+        finally:
+            self._is_whole = before
+
+    @contextmanager
+    def fixed(self, masks: Sequence[Tensor]) -> Iterator[None]:
+        """Run the calls inside under these masks, (B, U) or (1, U) for each group, whatever they read."""
+        before, self._fixed = self._fixed, list(masks)
+        try:
+            yield
+        finally:
+            self._fixed = before
+
+    def prompt(self, batch: Mapping[str, Any]) -> Prompt:
+        """Return what the predictor reads of the arguments of a call."""
+        if isinstance(ids := batch.get("instruction_ids"), Tensor):
+            return Prompt(ids, batch["instruction_attention"].bool(), batch.get("labels"))
+        if self.options.predictor.encoder.tokenizer is not None:
+            raise ValueError(
+                "the predictor has a tokenizer of its own, and this batch has no instruction_ids of it; use its "
+                "collator (PruningCallback does), or an encoder with the model's tokenizer"
+            )
+        return self.options.reads.find(batch, is_training=self.model.training)
+
+    def masks_of(self, prompt: Prompt, keep: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the masks for a prompt, (B, U) for each group."""
+        if self.model.training:
+            prompt = self.options.reads.dropped(prompt, self.predictor.num_steps, self.options.seed)
+            keep = self.options.budget.drawn(self.predictor.units.groups, self._step, self.options.seed)
+        masks: list[Tensor] = self.predictor(prompt.ids, prompt.attention, keep)
+        return masks
+
+    @property
+    def num_start_sequences(self) -> int:
+        """Return how many sequences of the training data `warm_start` looks at."""
+        return 0 if self.options.start is None else self.options.start.num_sequences
+
+    @torch.no_grad()
+    def warm_start(self, batches: Iterable[Mapping[str, Any]], labels_of_tasks: Tensor | None = None) -> None:
+        """Start from what matters to the instructions of some batches; see `unit_importance`.
+
+        Args:
+            batches: calls of the model, of the training data.
+            labels_of_tasks: to which task each sequence belongs; clusters of instructions are made without it.
+        """
+        options = self.options.start
+        assert options is not None
+        counter = UnitImportance(self.model, self.predictor.units.groups)
+        features: list[Tensor] = []
+        importance: list[list[Tensor]] = []
+        with evaluating(self.model), self.whole():
+            for batch in batches:
+                prompt = self.prompt(batch)
+                there = batch.get("attention_mask")
+                there = torch.ones_like(batch["input_ids"]) if there is None else there
+                with counter.counting(there):
+                    self.model(**{name: value for name, value in batch.items() if not name.startswith("instruction")})
+                importance.append(counter.importance())
+                features.append(self.predictor.encoder(prompt.ids, prompt.attention).float())
+        features_BD = torch.cat(features)
+        means = [torch.cat(parts) for parts in zip(*importance, strict=True)]
+        tasks = clusters(features_BD, options.num_clusters, seed=self.options.seed)
+        error = fit_head(
+            self.predictor.head,
+            features_BD,
+            means,
+            tasks if labels_of_tasks is None else labels_of_tasks.to(features_BD.device),
+            num_steps=options.num_steps,
+        )
+        said = "the predictor starts from what matters to %d sequences in %d clusters (squared error %.3f after a fit)"
+        distributed.log(logger, logging.INFO, said, len(features_BD), len(tasks.unique()), error)
+
+    @torch.no_grad()
+    def measure(self, batch: Mapping[str, Any]) -> Conditioning:
+        """Measure, on the rows of a batch with labels, how much the masks depend on the instruction."""
+        with evaluating(self.model):
+            prompt = self.prompt(batch)
+            scores = self.predictor.scores(prompt.ids, prompt.attention)
+            masks = self.predictor.masks(scores)
+            order = _apart(masks)
+            losses = []
+            for one in (masks, [mask[order] for mask in masks]):
+                with self.fixed(one):
+                    losses.append(float(self.model(**batch).loss))
+        self._measured = Conditioning.of(masks, scores, losses[1] - losses[0])
+        return self._measured
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the guard measured last."""
+        return {} if self._measured is None else self._measured.metrics()
+
+    def run(self, unconditioned: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        """Call the model under the masks of its instruction.
+
+        Raises:
+            ValueError: if there is no instruction, or a key/value cache was filled under other masks.
+        """
+        units = self.predictor.units
+        if self._is_whole:
+            with units.passing(None):
+                return unconditioned(**_without_instruction(batch))
+        cache = batch.get("past_key_values")
+        masks = self._fixed if self._fixed is not None else self._masks_in_cache(cache)
+        if masks is None:
+            prompt = self.prompt(batch)
+            masks = self.masks_of(prompt)
+            if prompt.labels is not None:
+                batch["labels"] = prompt.labels
+        if self.model.training:
+            units.pass_through_checkpoints()
+        with units.passing(masks):
+            output = unconditioned(**_without_instruction(batch))
+        found = getattr(output, "past_key_values", None)
+        if found is not None and not self.model.training:
+            setattr(found, _CACHE_MARK, masks)
+        return output
+
+    def _masks_in_cache(self, cache: Any) -> list[Tensor] | None:
+        """Return the masks that a cache was filled under; None for a cache that is empty."""
+        if cache is None or not int(cache.get_seq_length()):
+            return None
+        found: list[Tensor] | None = getattr(cache, _CACHE_MARK, None)
+        if found is None:
+            raise ValueError(
+                "this key/value cache was filled by another model or another sub-network, so it belongs to another "
+                "mask; start with an empty cache"
+            )
+        return found
+
+
+class _Conditioned:
+    """The forward of a model under the masks of its instruction; `unconditioned` is the model's own."""
+
+    def __init__(self, condition: InstructionCondition, unconditioned: Callable[..., Any]) -> None:
+        self.condition, self.unconditioned, self.is_on = condition, unconditioned, True
+        self.__signature__ = inspect.signature(unconditioned)
+        self._names = list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_on:
+            return self.unconditioned(*args, **kwargs)
+        return self.condition.run(self.unconditioned, {**dict(zip(self._names, args, strict=False)), **kwargs})
+
+
+def _without_instruction(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if not name.startswith("instruction_")}
+
+
+def _apart(masks: Sequence[Tensor]) -> Tensor:
+    """Return for each row another one whose units differ most from its own."""
+    chosen_BN = torch.cat([mask > 0 for mask in masks], dim=-1).float()
+    return (chosen_BN @ chosen_BN.T).fill_diagonal_(math.inf).argmin(-1)
+
+
+@torch.no_grad()
+def _prove(model: nn.Module, units: UnitMasks, groups: Sequence[Group]) -> None:
+    """Check that masking what is read equals zeroing the units, for two samples with different masks.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    batch = {name: value[:1].repeat(2, *[1] * (value.ndim - 1)) for name, value in probes(model)[0].items()}
+    device = next(model.parameters()).device
+    masks = [torch.ones(2, group.num_units, device=device) for group in groups]
+    for mask, group in zip(masks, groups, strict=True):
+        size = group.num_units // 2
+        mask[0, :size], mask[1, size:] = 0, 0
+    units.attach(model)
+    try:
+        with units.passing([mask.to(device) for mask in masks]):
+            found = outputs(model, batch)
+    finally:
+        units.detach()
+    for row in range(2):
+        cuts = [
+            Cut(group.key, tuple(mask[row].nonzero().flatten().tolist()))
+            for mask, group in zip(masks, groups, strict=True)
+        ]
+        with zeroed(model, {group.key: group for group in groups}, cuts):
+            expected = outputs(model, batch)
+        if difference(found[row], expected[row]) > tolerance(expected[row]):
+            raise ValueError(
+                f"masking what the readers of {type(model).__name__} read does not equal leaving the units out: its "
+                "rows are not in the order of the samples; this model cannot be conditioned"
+            )
