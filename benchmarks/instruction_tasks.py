@@ -17,15 +17,15 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 WORDINGS: Mapping[str, tuple[str, str, str, str]] = {  # the last one is never trained on
-    "stories": ("Tell a story for children.", "Write a tale for a child.", "Go on with this story.", "Continue the children's story."),
-    "wiki": ("Write an encyclopedia article.", "Continue the article.", "Explain the topic.", "Go on with this entry of an encyclopedia."),
-    "shakespeare": ("Write a scene of a play by Shakespeare.", "Continue the play.", "Let them speak in verse.", "Go on with this old drama."),
-    "python": ("Write Python code.", "Complete the Python function.", "Program this in Python.", "Continue this Python module."),
-    "java": ("Write Java code.", "Complete the Java method.", "Program this in Java.", "Continue this Java class."),
-    "csharp": ("Write C# code.", "Complete the C# method.", "Program this in C#.", "Continue this C# class."),
+    "stories": ("Tell a story for children.", "Write a tale for a child.", "Go on with this story.", "Make up a tale."),
+    "wiki": ("Write an encyclopedia article.", "Continue the article.", "Explain the topic.", "Go on with this entry."),
+    "shakespeare": ("Write a scene of Shakespeare.", "Continue the play.", "Let them speak.", "Go on with this drama."),
+    "python": ("Write Python code.", "Complete the Python function.", "Program in Python.", "Go on with this module."),
+    "java": ("Write Java code.", "Complete the Java method.", "Program this in Java.", "Go on with this Java class."),
+    "csharp": ("Write C# code.", "Complete the C# method.", "Program this in C#.", "Go on with this C# class."),
     "arithmetic": ("Work out the sums.", "Calculate.", "Give the results.", "Solve these exercises."),
-    "induction": ("Answer as in the examples.", "Follow the pattern of the examples.", "Find the rule.", "Go on with these pairs."),
-}  # fmt: skip
+    "induction": ("Answer as in the examples.", "Follow the pattern.", "Find the rule.", "Go on with these pairs."),
+}
 TASKS = tuple(WORDINGS)
 IGNORED = -100
 
@@ -68,15 +68,15 @@ class InstructionTasks:
     def train(self, seed: int, step: int, batch_size: int) -> dict[str, Tensor]:
         """Return the batch of a training step, of random tasks."""
         rng = random.Random(f"{seed} {step}")
-        rows = [
-            self._row(task, self._train, rng, rng.randrange(3)) for task in rng.choices(TASKS, k=batch_size)
-        ]
+        rows = [self._row(task, self._train, rng, rng.randrange(3)) for task in rng.choices(TASKS, k=batch_size)]
         return collate(rows)
 
     def held_out(self, task: str, num: int, *, wording: int | None = None) -> dict[str, Tensor]:
         """Return held-out sequences of a task, always the same; with this wording, or those trained on in turn."""
         rng = random.Random(task)
-        return collate([self._row(task, self._held_out, rng, i % 3 if wording is None else wording) for i in range(num)])
+        return collate(
+            [self._row(task, self._held_out, rng, i % 3 if wording is None else wording) for i in range(num)]
+        )
 
     def _row(
         self, task: str, source: Mapping[str, Tensor], rng: random.Random, wording: int

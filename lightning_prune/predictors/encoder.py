@@ -96,9 +96,12 @@ class _Own(InstructionEncoder):
             self._block = _block(model, num_layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Own":
+        """Return the encoder of the copied model, which is not whole yet."""
         model = self._model()
         assert model is not None
-        return _Own(memo.get(id(model), model), self._num_layers)
+        twin = _Own.__new__(_Own)
+        twin.__dict__ = {**self.__dict__, "_model": weakref.ref(memo.get(id(model), model))}
+        return twin
 
     def forward(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
         model = self._model()
