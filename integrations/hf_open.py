@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-__all__ = ["load_model", "open_model", "predicts_next_token"]
+__all__ = ["load_model", "open_model", "open_tokenizer", "predicts_next_token"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,11 @@ def load_model(name: str, *, device: str = "auto", trust_remote_code: bool = Fal
         ValueError: if there is no such model, its class is unknown, weights are missing or left over, or its tokenizer
             is damaged.
     """
-    source, device = _source(name), _usable(device)
+    device = _usable(device)
     model: Any = open_model(name, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(name, source, trust_remote_code)
+    tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer", name)
     return model.to(device).eval(), tokenizer
 
 
@@ -85,6 +87,33 @@ def open_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel
         )
     _check_complete(name, class_name, info)
     return model
+
+
+def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model, None where there is none.
+
+    For some types Transformers makes up an empty one then, for others it asks for a package to convert it with.
+
+    Args:
+        name: a model folder or a hub id.
+        trust_remote_code: whether to run code that comes with the tokenizer; nobody is asked.
+
+    Raises:
+        ValueError: if there is no such folder, or its tokenizer is damaged.
+    """
+    source = _source(name)
+    is_folder = os.path.isdir(source)
+    has_files = is_folder and any(True for pattern in _TOKENIZER_FILES for _ in Path(source).glob(pattern))
+    if not is_folder or has_files:
+        try:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:  # tokenizers raises plain ones
+            if has_files:
+                raise ValueError(
+                    f"the tokenizer of {name} cannot be opened ({type(error).__name__}: {_told(error)}); repair "
+                    "its files, or remove them to work without a tokenizer"
+                ) from error
+    return None
 
 
 def predicts_next_token(model: Any) -> bool:
@@ -185,20 +214,3 @@ def _listed(keys: Iterable[str]) -> str:
     names = sorted(keys)
     more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
     return ", ".join(names[:_NUM_NAMED]) + more
-
-
-def _tokenizer(name: str, source: str, trust_remote_code: bool) -> Any:
-    """Return the tokenizer, None where there is none; for some types Transformers makes up an empty one then."""
-    is_folder = os.path.isdir(source)
-    has_files = is_folder and any(True for pattern in _TOKENIZER_FILES for _ in Path(source).glob(pattern))
-    if not is_folder or has_files:
-        try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except Exception as error:  # tokenizers raises plain ones
-            if has_files:
-                raise ValueError(
-                    f"the tokenizer of {name} cannot be opened ({type(error).__name__}: {_told(error)}); repair "
-                    "its files, or remove them to work without a tokenizer"
-                ) from error
-    logger.warning("%s has no tokenizer", name)
-    return None

@@ -21,11 +21,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PretrainedConfig,
 )
 from transformers.models.auto import modeling_auto as auto
 
+from lightning_prune.integrations.hf_open import open_tokenizer
 from lightning_prune.recovery.distill import Distill, Distiller
 from lightning_prune.recovery.teacher import Dtype, frozen
 
@@ -216,13 +216,11 @@ def check_tokenizers(student_tokenizer: Any, path: str) -> None:
     own_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
     if not callable(getattr(own_tokenizer, "get_vocab", None)):
         return
-    try:
-        teacher_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except _UNREADABLE as error:
+    teacher_tokenizer = open_tokenizer(path)
+    if teacher_tokenizer is None:
         raise ValueError(
-            f"the teacher {path!r} has no tokenizer to compare with the student's: {_first_line(error)}; save its "
-            "tokenizer beside it"
-        ) from error
+            f"the teacher {path!r} has no tokenizer to compare with the student's; save its tokenizer beside it"
+        )
     own, others = own_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     differing = sorted(token for token in own.keys() | others.keys() if own.get(token) != others.get(token))
     if differing:

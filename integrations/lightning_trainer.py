@@ -242,11 +242,11 @@ def _tokenizer(trainer: Trainer, module: LightningModule) -> Any:
             return found
     model: nn.Module | None = language_model(module)
     folder = getattr(model, "name_or_path", "")
-    if not folder or not Path(folder).is_dir():
+    if not folder or not (Path(folder) / "config.json").is_file():
         return None
-    from transformers import AutoTokenizer
+    from lightning_prune.integrations.hf_open import open_tokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, a terminal is asked
+    return open_tokenizer(folder)
 
 
 def _eval_batches(trainer: Trainer, module: LightningModule) -> Callable[[], Iterator[Any]] | None:

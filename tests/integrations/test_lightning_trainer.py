@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from lightning_prune.integrations.lightning_trainer import PruningCallback
 from tests.integrations.trainings import TinyModule, lightning_trainer, loader
@@ -141,3 +142,11 @@ def test_evaluation_needs_a_language_model_with_its_tokenizer() -> None:
     callback = PruningCallback(recipe() | {"evaluate": {"tasks": ["wikitext"]}})
     with pytest.raises(ValueError, match="its tokenizer was not found in this training"):
         lightning_trainer([callback], limit_val_batches=0).fit(TinyModule(), loader(), loader())
+
+
+def test_a_model_from_a_folder_without_a_tokenizer_trains(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    module = TinyModule(LlamaForCausalLM.from_pretrained(tmp_path / "model").train())
+    callback = PruningCallback(recipe())
+    lightning_trainer([callback], limit_val_batches=0).fit(module, loader(), loader())
+    assert callback.run.sparsifier.step == NUM_STEPS

@@ -1,0 +1,21 @@
+"""The mechanisms that old and new versions of other libraries need, for mutations.py."""
+
+from mutation import Mutation
+
+ADAPTERS, TESTS = "integrations", "tests/integrations"
+MUTATIONS = (
+    Mutation(
+        "a model without a tokenizer trains in Lightning",
+        f"{ADAPTERS}/lightning_trainer.py",
+        "    return open_tokenizer(folder)\n",
+        "    from transformers import AutoTokenizer\n\n    return AutoTokenizer.from_pretrained(folder)\n",
+        f"{TESTS}/test_lightning_trainer.py -k without_a_tokenizer",
+    ),
+    Mutation(
+        "a teacher without a tokenizer is told",
+        f"{ADAPTERS}/hf_teacher.py",
+        "    if teacher_tokenizer is None:\n",
+        "    if False:\n",
+        f"{TESTS}/test_hf_teacher.py -k another_tokenizer",
+    ),
+)
