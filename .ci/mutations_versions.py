@@ -18,4 +18,18 @@ MUTATIONS = (
         "    if False:\n",
         f"{TESTS}/test_hf_teacher.py -k another_tokenizer",
     ),
+    Mutation(
+        "the best checkpoint is a pruned one also where its step is unknown",
+        f"{ADAPTERS}/hf_trainer.py",
+        "best_at = self._saved_at",
+        "pass",
+        f"{TESTS}/test_hf_trainer.py -k may_be_unknown",
+    ),
+    Mutation(
+        "a best checkpoint of an earlier process stays the best",
+        f"{ADAPTERS}/hf_trainer.py",
+        "self._saved, self._written_at, self._saved_at = {}, -1, state.global_step",
+        "self._saved, self._written_at, self._saved_at = {}, -1, 0",
+        f"{TESTS}/test_hf_trainer.py -k may_be_unknown",
+    ),
 )

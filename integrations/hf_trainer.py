@@ -51,6 +51,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.saved_as, self.saved_digest = SIDE_FILE, ""
         self._saved: dict[str, Any] = {}  # what a checkpoint of the step is to hold
         self._written_at = -1  # the step whose checkpoint holds it
+        self._saved_at = 0  # the step of the last checkpoint, also one of an earlier process
         self._clock_at: int | None = None  # until a step was seen: where the clock stood
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -76,7 +77,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         check_beside(self.run, [other.run for other in callbacks if other is not self])
         check_targets_apart([callback.run for callback in callbacks], kwargs["model"])
         self.saved_as = SIDE_FILE if len(callbacks) == 1 else f"{Path(SIDE_FILE).stem}-{self._key()}.pt"
-        self._saved, self._written_at = {}, -1
+        self._saved, self._written_at, self._saved_at = {}, -1, state.global_step
         if state.global_step > 0:
             folder = Path(resumed_from or _checkpoint_folder(trainer))
             self.run.load_state_dict(read_side_file(folder, self.saved_as, state.global_step))
@@ -127,13 +128,16 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Let checkpoints from before the last change of masks no longer count as the best."""
         if not self.run.sparsifier.is_attached:
             return
-        since = self.run.final_since()
-        if since is not None and state.best_global_step is not None and state.best_global_step < since:
+        since, best_at = self.run.final_since(), state.best_global_step
+        if best_at is None and args.save_strategy == "best":  # Transformers 4 leaves it out
+            best_at = self._saved_at
+        if since is not None and best_at is not None and best_at < since:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._collect_if(args.save_strategy == "best", state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the side file of a checkpoint that nobody announced."""
+        self._saved_at = state.global_step
         if not self.run.sparsifier.is_attached:
             return
         is_missing = distributed.broadcast_number(float(self._written_at != state.global_step), args.device)

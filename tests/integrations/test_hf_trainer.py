@@ -120,21 +120,40 @@ def test_a_guard_that_acts_when_a_checkpoint_is_saved_resumes_exactly(tmp_path: 
 
 BEST = {
     "eval_strategy": "steps",
-    "save_strategy": "best",
+    "eval_steps": 3,
+    "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
     "greater_is_better": True,  # the least pruned, which is the first, is "best"
 }
 
 
-def test_the_best_checkpoint_is_one_of_the_pruned_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer, callback = run(tmp_path, eval_steps=3, save_total_limit=1, **BEST)
+@pytest.mark.parametrize("saves", [{"save_strategy": "best"}, {"save_strategy": "steps", "save_steps": 3}])
+def test_the_best_checkpoint_is_one_of_the_pruned_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, saves: dict[str, Any]
+) -> None:
+    _, callback = run(tmp_path, **BEST, **saves)
     assert "the best checkpoint by eval_loss would be one that is hardly pruned" in caplog.text
     assert "step 8, the last of this schedule" in caplog.text
-    assert trainer.state.best_global_step == 9
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
     assert callback.run.report().sparsity == 0.5
     assert callback.run.broken == ()
+    run(tmp_path, resume=True, **BEST, **saves)
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_the_step_of_the_best_checkpoint_may_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = Trainer._determine_best_metric
+
+    def as_transformers_4_does(self: Trainer, *args: Any, **kwargs: Any) -> bool:
+        is_better = compare(self, *args, **kwargs)
+        self.state.best_global_step = None
+        return is_better
+
+    monkeypatch.setattr(Trainer, "_determine_best_metric", as_transformers_4_does)
+    for resume in (None, True):
+        run(tmp_path, resume=resume, **BEST, save_strategy="best")
+        assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
 
 
 class Averages(TrainerCallback):
