@@ -66,7 +66,7 @@ MUTATIONS = (
         f"{ADAPTERS}/recovery_run.py",
         "self._takes_loss(None)",
         "pass",
-        "tests/integrations/test_recovery_run.py -k ordinary",
+        "tests/integrations/test_recovery_distill.py -k ordinary",
     ),
     Mutation(
         "existing zeros are held",
@@ -115,14 +115,14 @@ MUTATIONS = (
         f"{ADAPTERS}/recovery_run.py",
         "            self._distiller.check_taught()",
         "            pass",
-        "tests/integrations/test_recovery_run.py -k passes_by",
+        "tests/integrations/test_recovery_distill.py -k passes_by",
     ),
     Mutation(
         "the trainer's label smoothing is honoured",
         f"{ADAPTERS}/hf_trainer.py",
         "return trainer.args.label_smoothing_factor",
         "return 0.0",
-        "tests/integrations/test_recovery_run.py -k smoothing",
+        "tests/integrations/test_recovery_distill.py -k smoothing",
     ),
     Mutation(
         "smoothed labels have the gradient of their loss",
@@ -228,5 +228,26 @@ MUTATIONS = (
         "axes.plot(*sparsity, color",
         "axes.plot([0], [0], color",
         "tests/test_report_plots.py",
+    ),
+    Mutation(
+        "a training that goes on has its self-teacher",
+        f"{ADAPTERS}/recovery_run.py",
+        "        self._distiller = self._takes_loss = None",
+        "        self._distiller = self._teacher = self._takes_loss = None",
+        "tests/integrations/test_recovery_distill.py -k self_teacher",
+    ),
+    Mutation(
+        "a self-teacher is let go of when the training has ended",
+        f"{ADAPTERS}/recovery_run.py",
+        "        if self.sparsifier.is_final:",
+        "        if False:",
+        "tests/integrations/test_recovery_distill.py -k resumes_twice",
+    ),
+    Mutation(
+        "an offloaded teacher is offloaded once",
+        f"{ADAPTERS}/hf_teacher.py",
+        "    if any(parameter.is_meta for parameter in model.parameters()):",
+        "    if False:",
+        "tests/integrations/test_hf_teacher.py -k says_the_same",
     ),
 )

@@ -158,4 +158,18 @@ MUTATIONS = (
         "        if False:",
         f"{TESTS}/test_build.py -k only_blocks",
     ),
+    Mutation(
+        "shapes and shares per block are proven over more tokens than a window",
+        "integrations/per_layer_build.py",
+        "    batches = probes(model, inputs)",
+        "    batches = probes(model, inputs)[:1]",
+        "tests/integrations/test_per_layer_model.py -k more_tokens",
+    ),
+    Mutation(
+        "all that is shared is proven",
+        "integrations/per_layer_share.py",
+        "    for batch, tensor in zip(batches, expected, strict=True):",
+        "    for batch, tensor in zip(batches[:1], expected[:1], strict=True):",
+        "tests/integrations/test_per_layer_model.py -k more_tokens",
+    ),
 )

@@ -59,7 +59,11 @@ def distiller_of(
     """
     if options.teacher == "self":
         if copied is None:
-            raise ValueError("distill.teacher self needs a copy of the model from before pruning; name a folder")
+            raise ValueError(
+                "distill.teacher self is a copy of the model from before it was pruned, which is let go of when the "
+                "training has ended; to train on, give a new callback to a new Trainer and name the folder of the "
+                "dense model as distill.teacher"
+            )
         teacher = offloaded(copied, device=device) if options.offload else copied
         return Distiller(options, teacher=teacher, is_placed=options.offload, rank=rank)
     if options.offload:
@@ -194,10 +198,14 @@ def _first_line(error: BaseException) -> str:
 def offloaded(model: nn.Module, *, device: torch.device) -> nn.Module:
     """Keep a model's weights on the CPU and move each layer's to the device while it runs; changed in place.
 
+    One that is kept so already stays as it is.
+
     Raises:
         ValueError: if the device is the CPU.
     """
     _check_offload(device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model
     placed: nn.Module = cpu_offload(model, execution_device=device)
     return placed
 

@@ -9,7 +9,6 @@ Limits: decoder or encoder models with one configuration and one stack of blocks
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ from lightning_prune.structured.build import build_smaller, check_whole
 from lightning_prune.structured.depth.bypass import PART_OF_KIND, SubBlock, bypassed
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import difference, outputs, tolerance
-from lightning_prune.structured.discovery.probe_inputs import probe_inputs
+from lightning_prune.structured.discovery.probe_inputs import probes
 from lightning_prune.structured.groups import Group, Plan
-from lightning_prune.structured.shrink import masked
+from lightning_prune.structured.shrink import check_same, promised
 from lightning_prune.structured.structure import Stack, Structure
 
 __all__ = ["build_per_layer"]
@@ -61,33 +59,27 @@ def build_per_layer(
         RuntimeError: if the smaller model computes something else than the masked one.
     """
     check_whole(model)
-    inputs = probe_inputs(model) if inputs is None else inputs
     structure = discover(model, inputs) if structure is None else structure
+    batches = probes(model, inputs)
+    short = batches[0]
     structure.check_effect(plan)
     stack = _only_stack(model, structure)
     _check_not_shared(model)
     if plan.share:
-        return build_shared(model, _shared_values(model, stack, plan), plan, inputs, consume=consume)
+        return build_shared(model, _shared_values(model, stack, plan), plan, batches, consume=consume)
     groups = part_groups(model, structure, stack)
     removed = removed_parts(model, groups, stack, plan)
-    with ExitStack() as changes:
-        changes.enter_context(masked(model, structure, plan))
-        changes.enter_context(bypassed(model, groups, parts=removed))
-        expected = outputs(model, inputs)
+    with bypassed(model, groups, parts=removed):
+        expected = promised(model, structure, plan, batches)
     small = None
     if not removed and plan.layers is None:
         small = _cut_natively(model, structure, stack, plan, consume=consume)
     if small is None:
-        skip_parts = stand_ins(model, groups, stack, removed, inputs)
+        skip_parts = stand_ins(model, groups, stack, removed, short)
         small = _cut(model, structure, stack, plan, removed, skip_parts, consume=consume)
-        drop_idle_norms(small, stack, inputs)
-    gap = difference(outputs(small, inputs), expected)
-    if not gap <= tolerance(expected):
-        raise RuntimeError(
-            f"the smaller {type(model).__name__} differs from the masked one by {gap:.2g} of the largest output, more "
-            f"than {tolerance(expected):g}; the cut is not exact, use fewer kinds of units at once"
-        )
-    check_cache(small, inputs)
+        drop_idle_norms(small, stack, short)
+    check_same(small, batches, expected)
+    check_cache(small, short)
     return small
 
 

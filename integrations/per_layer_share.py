@@ -4,7 +4,7 @@ Limits: equal blocks of a stock class; what else a plan may cut is done in a run
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_prune.integrations.per_layer_source import per_layer_classes, stock_class_of
 from lightning_prune.structured.build import parameters_on_meta
 from lightning_prune.structured.depth.share import check_shares, materialised, shared_factors
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.precision import exact_buffers
 from lightning_prune.structured.discovery.probe import difference, outputs, tolerance
 from lightning_prune.structured.groups import Plan
 from lightning_prune.targets import find_blocks
@@ -21,7 +23,7 @@ __all__ = ["build_shared"]
 
 
 def build_shared(
-    model: nn.Module, values: Mapping[str, Any], plan: Plan, inputs: Mapping[str, Tensor], *, consume: bool
+    model: nn.Module, values: Mapping[str, Any], plan: Plan, batches: Sequence[Mapping[str, Tensor]], *, consume: bool
 ) -> nn.Module:
     """Return a model whose blocks share as a plan says; its normalisations are neutral.
 
@@ -29,7 +31,7 @@ def build_shared(
         model: of a stock class; unchanged.
         values: of the configuration, the per-layer entries included.
         plan: with shares alone.
-        inputs: a small batch.
+        batches: on which the two are compared.
         consume: whether the result may hold the model's own tensors.
 
     Raises:
@@ -42,15 +44,16 @@ def build_shared(
     if plan.cuts or plan.skip or plan.layers is not None:
         raise ValueError("a plan that lets blocks share cuts nothing else; cut first, and share in a second run")
     check_shares(model, plan.share)
-    with materialised(model, plan.share):
-        expected = outputs(model, inputs)
+    with exact_buffers(model, Blueprint(model)), materialised(model, plan.share):
+        expected = [outputs(model, batch) for batch in batches]
     shared = _filled(model, values, plan, consume=consume)
-    gap = difference(outputs(shared, inputs), expected)
-    if not gap <= tolerance(expected):
-        raise RuntimeError(
-            f"the {type(model).__name__} with shared blocks differs from the one with their sums by {gap:.2g} of the "
-            f"largest output, more than {tolerance(expected):g}"
-        )
+    for batch, tensor in zip(batches, expected, strict=True):
+        gap = difference(outputs(shared, batch), tensor)
+        if not gap <= tolerance(tensor):
+            raise RuntimeError(
+                f"the {type(model).__name__} with shared blocks differs from the one with their sums by {gap:.2g} of "
+                f"the largest output, more than {tolerance(tensor):g}"
+            )
     return shared
 
 

@@ -216,7 +216,7 @@ class RecoveryRun:
         return {f"distill/{name}": value for name, value in found.items()}
 
     def stop(self) -> None:
-        """Take all hooks off the model, and the loss out of the trainer."""
+        """Take all hooks off the model, and the loss out of the trainer; a training that goes on finds its teacher."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -224,7 +224,7 @@ class RecoveryRun:
             self._distiller.detach()
         if self._takes_loss is not None:
             self._takes_loss(None)
-        self._distiller = self._teacher = self._takes_loss = None
+        self._distiller = self._takes_loss = None
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -257,8 +257,13 @@ class RecoveryRun:
             self._since += time.monotonic() - began
 
     def finish(self) -> RecoveryReport:
-        """Let go of the model and return the report; collective."""
+        """Let go of the model and return the report; collective.
+
+        The copy that teaches stays while the masks are not the last ones, so that the training can go on.
+        """
         self.stop()
+        if self.sparsifier.is_final:
+            self._teacher = None
         self._num_tokens = int(self._sum([float(self._num_tokens)])[0])
         self._seconds, self._since = self._elapsed(), None
         report = self.report()

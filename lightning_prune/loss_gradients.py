@@ -5,11 +5,13 @@ cancel inside a batch. Here every sequence has a backward pass of its own, weigh
 count. Batches whose entries have different numbers of rows (images beside tokens), and losses that are no mean over
 sequences (contrastive ones), are taken whole.
 
-Cost: one forward and backward pass per sequence, and one forward pass of a batch to check.
+Cost: one forward and backward pass per sequence, and one forward pass of every batch to check. Where the check fails,
+what was done by then is done again with whole batches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ __all__ = ["gradients", "observe_gradients", "token_labels"]
 _TAKEN_WHOLE = "batches with entries of different numbers of rows were taken whole: their size matters to the scores"
 _NO_MEAN = "the loss is no mean over sequences, so batches were taken whole: their size matters to the scores"
 _Inputs = Mapping[str, object]
-_TOLERANCE = 0.1  # relative difference of a batch's loss from the mean over its sequences; labels may be shifted by one
+_TOLERANCE = 0.1  # relative difference of a batch's loss from the mean over its sequences: a router's loss is in both
 
 
 def token_labels(inputs: _Inputs) -> dict[str, Tensor]:
@@ -74,24 +76,66 @@ def observe_gradients(
     device = distributed.local(bindings[0].parameter.detach()).device
     whole = [_labelled(batch) for batch in batches]
     split = [_rows(batch) for batch in whole]
-    observation = Observation(scorer, bindings, weigh_alike=True)
     notes = (
         [_TAKEN_WHOLE] if any(len(rows) < _num_rows(batch) for rows, batch in zip(split, whole, strict=True)) else []
     )
+    passes = _Passes(model, scorer, bindings, device, progress)
     with gradients(model, bindings):
-        if not _is_mean_over_rows(model, scorer, whole, split, device):
-            split, notes = [[batch] for batch in whole], [_NO_MEAN]
-        units = [(unit, _num_counted(unit)) for rows in split for unit in rows]
-        mean = sum(count for _, count in units) / max(1, sum(count > 0 for _, count in units))
-        for unit, count in tqdm(units, desc="calibrating", disable=not progress):
-            if count:
-                (_loss(model, scorer, unit, device) * (count / mean)).backward()
-                for binding in bindings:
-                    _gather(binding)
-                observation.feed_step(bindings)
-                for binding in bindings:
-                    binding.parameter.grad = None
+        observation, is_mean = passes.observe(whole, split)
+        if not distributed.agree(is_mean, device):
+            observation, _ = passes.observe(whole, [[batch] for batch in whole])
+            notes = [_NO_MEAN]
     return observation, notes
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Forward and backward passes for a scorer."""
+
+    model: nn.Module
+    scorer: Scorer
+    bindings: Sequence[Binding]
+    device: torch.device
+    progress: bool
+
+    def observe(self, whole: Sequence[_Inputs], split: Sequence[Sequence[_Inputs]]) -> tuple[Observation, bool]:
+        """Return what the gradients of the parts of all batches show, and whether each batch's loss is their mean.
+
+        The first batch whose loss is not ends it, unless other processes wait for this one.
+        """
+        observation = Observation(self.scorer, self.bindings, weigh_alike=True)
+        counts = [_num_counted(part) for parts in split for part in parts]
+        mean = sum(counts) / max(1, sum(count > 0 for count in counts))
+        is_mean = True
+        for batch, parts in tqdm(
+            zip(whole, split, strict=True), desc="calibrating", disable=not self.progress, total=len(whole)
+        ):
+            counted = [(part, count) for part in parts if (count := _num_counted(part))]
+            with torch.no_grad():
+                total = self.loss(batch) if len(counted) > 1 else None
+            losses = []
+            for part, count in counted:
+                loss = self.loss(part)
+                (loss * (count / mean)).backward()
+                for binding in self.bindings:
+                    _gather(binding)
+                observation.feed_step(self.bindings)
+                for binding in self.bindings:
+                    binding.parameter.grad = None
+                losses.append(loss.detach())
+            is_mean = is_mean and (total is None or _is_mean(total, losses, [part for part, _ in counted]))
+            if not is_mean and not distributed.is_active():
+                break
+        return observation, is_mean
+
+    def loss(self, inputs: _Inputs) -> Tensor:
+        """Return the loss of the model on a batch."""
+        loss = getattr(self.model(**to_device(inputs, self.device)), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                f"{type(self.scorer).__name__} needs a loss, but the model returns none; add labels to the batches"
+            )
+        return loss.mean()
 
 
 def _gather(binding: Binding) -> None:
@@ -135,31 +179,23 @@ def _rows(inputs: _Inputs) -> list[dict[str, object]]:
     ]
 
 
-def _num_counted(inputs: _Inputs) -> int:
-    """Count the labels that count; 1 where labels are no indices."""
+def _num_counted(inputs: _Inputs, num_left_out: int = 0) -> int:
+    """Count the labels that count, the first few of each sequence left out; 1 where labels are no indices."""
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return 1
-    return int((labels != -100).sum())
+    return int(((labels[..., num_left_out:] if labels.ndim > 1 else labels) != -100).sum())
 
 
-def _is_mean_over_rows(
-    model: nn.Module, scorer: Scorer, whole: Sequence[_Inputs], split: Sequence[Sequence[_Inputs]], device: torch.device
-) -> bool:
-    """Return whether the loss of a batch is the mean of its rows' losses, weighted by the labels that count."""
-    for batch, rows in zip(whole, split, strict=True):
-        counted = [(row, count) for row in rows if (count := _num_counted(row))]
-        if len(counted) > 1:
-            with torch.no_grad():
-                total = float(_loss(model, scorer, batch, device))
-                parts = sum(float(_loss(model, scorer, row, device)) * count for row, count in counted)
-            mean = parts / sum(count for _, count in counted)
-            return not abs(total - mean) > _TOLERANCE * abs(total)  # what is no number is found when scored
-    return True
+def _is_mean(total: Tensor, losses: Sequence[Tensor], parts: Sequence[_Inputs]) -> bool:
+    """Return whether the loss of a batch is the mean of those of its parts, weighted by the labels that count.
 
-
-def _loss(model: nn.Module, scorer: Scorer, inputs: _Inputs, device: torch.device) -> Tensor:
-    loss = getattr(model(**to_device(inputs, device)), "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"{type(scorer).__name__} needs a loss, but the model returns none; add labels to the batches")
-    return loss.mean()
+    Where the next token is predicted, the first label of a sequence does not count, whatever it is.
+    """
+    losses_P = torch.stack(list(losses)).double().cpu()
+    for num_left_out in (0, 1):
+        counts_P = torch.tensor([_num_counted(part, num_left_out) for part in parts], dtype=torch.float64)
+        mean = float((losses_P * counts_P).sum() / counts_P.sum().clamp_min(1))
+        if not abs(float(total) - mean) > _TOLERANCE * abs(float(total)):  # what is no number is found when scored
+            return True
+    return False

@@ -33,6 +33,10 @@ class Regression(nn.Module):
         errors = self.blocks[0](inputs).square().sum(-1)
         if self.kind == "mean":
             return Output(errors.mean())
+        if self.kind == "per sequence":  # of unequal lengths, said by labels that do not count
+            assert labels is not None
+            counts_NT = labels != -100
+            return Output(((errors * counts_NT).sum(-1) / counts_NT.sum(-1)).mean())
         return Output(errors.sum() if self.kind == "sum" else errors.logsumexp(0) * 10)
 
 
@@ -85,6 +89,45 @@ def test_what_cannot_be_taken_by_rows_is_taken_whole_and_said(kind: str, batch: 
     weight = twin.blocks[0].weight
     assert weight.grad is not None
     torch.testing.assert_close(found["blocks.0.weight"], (weight.detach() * weight.grad).abs())
+
+
+def test_a_loss_that_only_a_later_batch_shows_to_be_no_mean_is_taken_whole() -> None:
+    even, uneven = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    uneven[1, 1:] = -100
+    torch.manual_seed(1)
+    inputs = torch.rand(2, 6, 4) * torch.tensor([1.0, 3.0]).view(2, 1, 1)
+    model, batches = Regression("per sequence"), [{"inputs": inputs, "labels": labels} for labels in (even, uneven)]
+    _, notes = observed(model, batches[:1])
+    assert notes == []
+    found, [note] = observed(model, batches)
+    assert "no mean over sequences" in note
+    weight, scores = model.blocks[0].weight, []
+    for batch, share in zip(
+        batches, (12 / 9.5, 7 / 9.5), strict=True
+    ):  # of the labels that count in a batch on average
+        [grad] = torch.autograd.grad(model(**batch).loss, [weight])
+        scores.append((weight * grad).abs().detach() * share)
+    torch.testing.assert_close(found["blocks.0.weight"], torch.stack(scores).mean(0))
+
+
+def test_the_first_label_of_short_sequences_is_predicted_by_none() -> None:
+    class Next(nn.Module):
+        """A loss per predicted token that is the token itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(1, 1, bias=False)])
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
+            counts_NT = labels[:, 1:] != -100
+            losses_NT = self.blocks[0](labels[:, 1:, None].float()).squeeze(-1) * counts_NT
+            return Output(losses_NT.sum() / counts_NT.sum())
+
+    labels = torch.full((2, 8), 2)
+    labels[0, :2] = 90
+    labels[0, 2:] = -100
+    _, notes = observed(Next(), [{"input_ids": labels.clamp_min(0), "labels": labels}])
+    assert notes == []
 
 
 def test_padding_has_no_labels() -> None:

@@ -147,7 +147,13 @@ def test_an_offloaded_teacher_says_the_same_and_holds_no_weight_between_its_call
     expected = student(input_ids=token_windows(2), labels=token_windows(2)).loss
     plain.detach()
     copied = self_teacher(taught)
-    distiller = distiller_of(Distill(offload=True), copied=copied, student_tokenizer=None, device=CPU)
+    for _ in range(2):  # the second is that of a training that goes on
+        distiller = distiller_of(Distill(offload=True), copied=copied, student_tokenizer=None, device=CPU)
+        distiller.attach(student, replace_loss=True)
+        assert {parameter.device.type for parameter in copied.parameters()} == {"meta"}
+        loss = student(input_ids=token_windows(2), labels=token_windows(2)).loss
+        torch.testing.assert_close(loss, expected)
+        distiller.detach()
     distiller.attach(student, replace_loss=True)
     for _ in range(2):
         assert {parameter.device.type for parameter in copied.parameters()} == {"meta"}
@@ -213,5 +219,5 @@ def test_a_self_teacher_is_the_copy_that_was_made() -> None:
     distiller = distiller_of(Distill(), copied=copied, student_tokenizer=None, device=CPU)
     distiller.attach(student, replace_loss=True)
     assert student(input_ids=token_windows(2), labels=token_windows(2)).loss.abs().item() < 1e-6
-    with pytest.raises(ValueError, match="needs a copy of the model from before pruning"):
+    with pytest.raises(ValueError, match="let go of when the training has ended"):
         distiller_of(Distill(), copied=None, student_tokenizer=None, device=CPU)

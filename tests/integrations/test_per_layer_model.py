@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from lightning_prune.integrations import per_layer_build, per_layer_share
 from lightning_prune.integrations.per_layer_build import build_per_layer
 from lightning_prune.integrations.per_layer_model import Nothing
 from lightning_prune.integrations.per_layer_source import per_layer_classes
+from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.groups import Cut, Plan, zeroed
+from lightning_prune.structured.groups import Cut, Plan, Share, zeroed
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens
 from tests.tiny_models import recompute_activations
 
@@ -44,6 +47,27 @@ def test_blocks_have_the_sizes_of_the_plan_and_the_output_of_the_masked_parent(n
     with zeroed(model, structure.groups, plan.cuts):
         expected = logits(model, tokens())
     torch.testing.assert_close(logits(small, tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [Plan(skip=SKIP), Plan(share=(Share(1, 0, 3),))], ids=["shapes", "shares"])
+def test_blocks_are_proven_over_more_tokens_than_a_window(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mistral", sliding_window=8)
+
+    class Shortsighted(Blueprint):
+        def configuration(self, edits: Any) -> Any:
+            return super().configuration({**edits, ("sliding_window",): 7})
+
+    def filled(*args: Any, **kwargs: Any) -> nn.Module:
+        shared = fill(*args, **kwargs)
+        shared.config.sliding_window = 7
+        return shared
+
+    fill = per_layer_share._filled
+    build_per_layer(model, None, plan)
+    monkeypatch.setattr(per_layer_build, "Blueprint", Shortsighted)
+    monkeypatch.setattr(per_layer_share, "_filled", filled)
+    with pytest.raises(RuntimeError, match=r"differs from the (masked )?one"):
+        build_per_layer(model, None, plan)
 
 
 ATTENTION_OUT = {

@@ -8,8 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -18,12 +17,11 @@ from lightning_prune.integrations.hf_trainer import PruningCallback as Transform
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
 from lightning_prune.integrations.peft_lora import LoraGradients, add_lora
 from lightning_prune.recovery.gap import LOSS_NOISE
-from tests.integrations.trainings import RECOMPUTE, InOrderTrainer, TinyModule, hf_trainer, lightning_trainer, loader
+from tests.integrations.recoveries import LORA, PRUNE, recipe, same, weights, with_lightning, with_transformers
+from tests.integrations.trainings import RECOMPUTE, TinyModule, hf_trainer, lightning_trainer, loader
 from tests.loops import BATCH, NUM_STEPS
 from tests.tiny_models import TokenDataset, tiny_llama, token_windows
 
-PRUNE = {"schedule": {"class_path": "Once", "init_args": {"sparsity": 0.5}}}
-LORA = {"form": "masked", "config": {"r": 4}}
 SHORTGPT = {"class_path": "ShortGPT", "init_args": {"num_blocks": 1}}
 WAYS: dict[str, dict[str, Any]] = {
     "masked": {"lora": LORA},
@@ -32,34 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "distillation": {"distill": {"temperature": 2.0, "ce_weight": 0.5}},
     "all at once": {"lora": LORA, "distill": {}, "learning_rate": {"warmup": 2, "final": 0.0}},
 }
-
-
-def recipe(recover: dict[str, Any], out: Path, **sections: Any) -> dict[str, Any]:
-    export = {"format": "huggingface", "dir": str(out / "export")}
-    return {"prune": PRUNE, "recover": recover, "export": export} | sections
-
-
-def with_transformers(content: dict[str, Any], out: Path, *, resume: Path | None = None, **options: Any) -> Any:
-    callback = TransformersCallback(content)
-    trainer = hf_trainer(options.pop("model", None) or tiny_llama(), out, [callback], **options)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return callback, trainer.model
-
-
-def with_lightning(content: dict[str, Any], *, resume: Path | None = None, callbacks: Any = (), **options: Any) -> Any:
-    callback = LightningCallback(content)
-    module = TinyModule()
-    trainer = lightning_trainer([callback, *callbacks], **({"enable_checkpointing": bool(callbacks)} | options))
-    trainer.fit(module, loader(), loader(), ckpt_path=resume)
-    return callback, module.model
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return dict(AutoModelForCausalLM.from_pretrained(folder / "export").named_parameters())
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -255,21 +225,6 @@ def test_a_callback_that_comes_too_late_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_a_loss_of_the_programs_own_and_a_distillation_exclude_each_other(tmp_path: Path) -> None:
-    trainer = hf_trainer(tiny_llama(), tmp_path, [TransformersCallback(recipe({"distill": {}}, tmp_path))])
-    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()
-    with pytest.raises(ValueError, match="leave out one of them"):
-        trainer.train()
-
-
-def test_evaluating_after_a_distillation_gives_the_ordinary_loss(tmp_path: Path) -> None:
-    callback = TransformersCallback({"prune": PRUNE, "recover": {"distill": {}}})
-    trainer = hf_trainer(tiny_llama(), tmp_path, [callback])
-    trainer.train()
-    measured = callback.run.recovery.report().as_dict()["moments"]["recovered"]["loss"]["nats"]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(measured, abs=1e-4)
-
-
 @pytest.mark.parametrize("adapter", ["transformers", "lightning"])
 def test_a_second_model_is_recovered_anew(tmp_path: Path, adapter: str) -> None:
     content = recipe({"lora": LORA}, tmp_path)
@@ -301,106 +256,6 @@ def test_the_same_model_is_prepared_once(tmp_path: Path) -> None:
         one.train()
     other.train()
     assert callback.run.report().sparsity == 0.5
-
-
-class Preferring(InOrderTrainer):
-    """Trains on a loss of its own, as trainers for preferences and rewards do."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = -functional.logsigmoid(outputs.logits[:, -1, 3] - outputs.logits[:, -1, 4]).mean()
-        return (loss, outputs) if return_outputs else loss
-
-
-class PreferringModule(TinyModule):
-    """The same in Lightning; the model is called with labels, but not for its loss."""
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self.model(**batch).logits
-        return -functional.logsigmoid(logits[:, -1, 3] - logits[:, -1, 4]).mean()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_distillation_that_the_trainers_own_loss_passes_by_ends_after_the_first_step(
-    accumulate: int, tmp_path: Path
-) -> None:
-    content = recipe({"distill": {}}, tmp_path)
-    trainer = hf_trainer(
-        tiny_llama(), tmp_path, [TransformersCallback(content)], gradient_accumulation_steps=accumulate
-    )
-    trainer.__class__ = Preferring
-    with pytest.raises(ValueError, match=r"recover.distill changes nothing in this training: an optimizer step was"):
-        trainer.train()
-    assert trainer.state.global_step == 1
-    module = PreferringModule()
-    lightning = lightning_trainer([LightningCallback(content)], accumulate_grad_batches=accumulate)
-    with pytest.raises(ValueError, match=r"recover.distill changes nothing in this training"):
-        lightning.fit(module, loader(), loader())
-    assert lightning.global_step == 1
-    assert not module.model._forward_hooks
-    assert not module.model._forward_pre_hooks
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.4])
-def test_label_smoothing_is_that_of_the_trainer(smoothing: float, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "teacher")
-    own: dict[str, Any] = {"max_steps": 1, "label_smoothing_factor": smoothing}
-    # A student that is its teacher has no other loss than the cross-entropy.
-    distill = {"teacher": str(tmp_path / "teacher"), "ce_weight": 1.0}
-    content = {"recover": {"distill": distill, "requires": "any"}}
-    losses = []
-    for callbacks in ([], [TransformersCallback(content)]):
-        trainer = hf_trainer(tiny_llama(), tmp_path, callbacks, **own)
-        losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_label_smoothing_of_labels_that_do_not_count_is_refused(tmp_path: Path) -> None:
-    content = recipe({"distill": {}}, tmp_path)
-    with pytest.raises(ValueError, match=r"label smoothing \(0.1\) .*distill.ce_weight 0 leaves them out of the loss"):
-        with_transformers(content, tmp_path, label_smoothing_factor=0.1)
-
-
-class SomeWithout(TokenDataset):
-    """Sequences of which the second batch has no label that counts."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = super().__getitem__(index)
-        is_out = index // BATCH == 1
-        return row | {"labels": torch.full_like(row["labels"], -100)} if is_out else row
-
-
-def test_a_batch_without_a_counted_label_changes_nothing_in_both_trainers(tmp_path: Path) -> None:
-    data = SomeWithout(token_windows(BATCH * 3))
-    content = {"recover": {"distill": {"teacher": str(tmp_path / "teacher")}, "requires": "any"}}
-    tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
-    found = []
-    for batches in (range(3), (0, 2)):
-        rows = torch.utils.data.Subset(data, [BATCH * batch + row for batch in batches for row in range(BATCH)])
-        callback, model = TransformersCallback(content), tiny_llama()
-        options = {"optim": "sgd", "max_steps": len(batches), "learning_rate": 0.5}
-        trainer = hf_trainer(model, tmp_path, [callback], **options)
-        trainer.train_dataset = rows
-        trainer.train()
-        found.append(dict(model.named_parameters()))
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert [loss == 0 for loss in losses] == [batch == 1 for batch in batches]
-        module = SgdModule()
-        lightning = lightning_trainer([LightningCallback(content)], max_steps=len(batches))
-        lightning.fit(module, torch.utils.data.DataLoader(rows, batch_size=BATCH), loader())
-        found.append(dict(module.model.named_parameters()))
-    assert same(found[0], found[2])
-    assert same(found[1], found[3])
-    assert same(found[0], found[1])
-
-
-class SgdModule(TinyModule):
-    """With an optimizer that stands still without a gradient."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
 def test_the_report_of_lightning_holds_the_same_moments(tmp_path: Path) -> None:
