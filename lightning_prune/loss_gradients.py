@@ -107,25 +107,25 @@ class _Passes:
         counts = [_num_counted(part) for parts in split for part in parts]
         mean = sum(counts) / max(1, sum(count > 0 for count in counts))
         is_mean = True
-        for batch, parts in tqdm(
-            zip(whole, split, strict=True), desc="calibrating", disable=not self.progress, total=len(whole)
-        ):
-            counted = [(part, count) for part in parts if (count := _num_counted(part))]
-            with torch.no_grad():
-                total = self.loss(batch) if len(counted) > 1 else None
-            losses = []
-            for part, count in counted:
-                loss = self.loss(part)
-                (loss * (count / mean)).backward()
-                for binding in self.bindings:
-                    _gather(binding)
-                observation.feed_step(self.bindings)
-                for binding in self.bindings:
-                    binding.parameter.grad = None
-                losses.append(loss.detach())
-            is_mean = is_mean and (total is None or _is_mean(total, losses, [part for part, _ in counted]))
-            if not is_mean and not distributed.is_active():
-                break
+        with tqdm(desc="calibrating", disable=not self.progress, total=len(counts)) as bar:
+            for batch, parts in zip(whole, split, strict=True):
+                counted = [(part, count) for part in parts if (count := _num_counted(part))]
+                with torch.no_grad():
+                    total = self.loss(batch) if len(counted) > 1 else None
+                losses = []
+                for part, count in counted:
+                    loss = self.loss(part)
+                    (loss * (count / mean)).backward()
+                    for binding in self.bindings:
+                        _gather(binding)
+                    observation.feed_step(self.bindings)
+                    for binding in self.bindings:
+                        binding.parameter.grad = None
+                    losses.append(loss.detach())
+                bar.update(len(parts))
+                is_mean = is_mean and (total is None or _is_mean(total, losses, [part for part, _ in counted]))
+                if not is_mean and not distributed.is_active():
+                    break
         return observation, is_mean
 
     def loss(self, inputs: _Inputs) -> Tensor:
