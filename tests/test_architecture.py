@@ -43,6 +43,7 @@ FLOORS: dict[str, float] = {
     "conditional": 3.6,
     "conditional.method": 3.5,
     "predictors.mask_predictor": 2.4,
+    "predictors.sub_model": 3.2,
     "predictors.unit_masks": 2.1,
     "predictors.unit_importance": 2.3,
     "predictors.head": 2.2,

@@ -1,0 +1,265 @@
+"""From the masks of one instruction to a physically small model that computes the same without them.
+
+The small model is a stock one of the parent's class. Every tensor that is not cut is the parent's, in the same memory;
+of the others the kept rows and columns are gathered, and what a mask multiplies is folded into the columns of the
+layers that read the units. That is exact for gated, plain and fused FFNs alike; a fold into the rows of an up
+projection would be exact for gated ones only.
+
+The class is built once for each set of sizes. Every further selection copies the tree of modules, which holds no
+weights, and gathers.
+
+Source: Hou et al., Instruction-Following Pruning, arXiv 2501.02086, section 3.4, which gathers rows and does not say
+    where the mask's numbers go.
+Cost: one pass over the kept bytes, where the parent's tensors lie so that units are rows, see `SubModels.lay_out`.
+Limits: no units of experts, no norms over the units.
+
+Shapes: U units of a group, K kept ones, P positions of a dimension that they cover.
+"""
+
+import copy
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.structured.build import build_smaller
+from lightning_prune.structured.groups import Cut, Group, Member, Plan
+from lightning_prune.structured.structure import Structure
+
+__all__ = ["Selection", "SubModels"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The units of each group that an instruction keeps, ascending, (K,), and what each is multiplied by, (K,)."""
+
+    units: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor], keep: Sequence[int], row: int = 0) -> "Selection":
+        """Return the selection of one instruction.
+
+        Args:
+            masks: of each group, (B, U), at most `keep` entries of a row not 0.
+            keep: how many units of each group stay.
+            row: of the instruction.
+        """
+        units = [mask[row].topk(k).indices.sort().values for mask, k in zip(masks, keep, strict=True)]
+        scales = [mask[row].detach().float()[kept_K] for mask, kept_K in zip(masks, units, strict=True)]
+        return cls(tuple(units), tuple(scales))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return how many units of each group stay."""
+        return tuple(len(kept_K) for kept_K in self.units)
+
+    @property
+    def digest(self) -> str:
+        """Return what tells this selection from others, as text; two masks that are equal have one."""
+        sha = hashlib.sha256()
+        for kept_K, scale_K in zip(self.units, self.scales, strict=True):
+            sha.update(kept_K.cpu().numpy().tobytes())
+            sha.update(scale_K.cpu().numpy().tobytes())
+        return sha.hexdigest()
+
+    def plan(self, groups: Sequence[Group], **method: object) -> Plan:
+        """Return the cuts as a plan; the scales are not in it."""
+        cuts = (Cut(group.key, tuple(kept_K.tolist())) for group, kept_K in zip(groups, self.units, strict=True))
+        return Plan(cuts=tuple(cuts), method=method)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A dimension of a tensor that the units of a group cover, and the positions of it that no unit covers."""
+
+    number: int
+    member: Member
+    others: Tensor
+    is_reader: bool
+
+    def positions(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Return the positions that stay, ascending, (P,), and the scale of each, (P,)."""
+        kept_K, scale_K = selection.units[self.number], selection.scales[self.number]
+        runs = sorted(self.member.runs)
+        parts = [(offset + kept_K[:, None] * size + torch.arange(size, device=kept_K.device)) for offset, size in runs]
+        stays_P = torch.cat([part.flatten() for part in parts])
+        scale_P = torch.cat([scale_K[:, None].expand_as(part).flatten() for part in parts])
+        if len(self.others):
+            others = self.others.to(stays_P.device)
+            stays_P, order_P = torch.cat((stays_P, others)).sort()
+            scale_P = torch.cat((scale_P, scale_P.new_ones(len(others))))[order_P]
+        return stays_P, scale_P
+
+
+class SubModels:
+    """Makes small models of one parent, one for each selection of its units.
+
+    Args:
+        model: the parent; whole tensors on one device.
+        groups: of units, in the order of a selection's.
+        without: name of a module of the parent that is none of its own, as a mask predictor.
+
+    Raises:
+        ValueError: if the units cannot be gathered: experts, or norms over the units.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], *, without: str | None = None) -> None:
+        self.model, self.groups, self._without = model, tuple(groups), without
+        tensors = model.state_dict(keep_vars=True)
+        self._places: dict[str, list[_Place]] = {}
+        for number, group in enumerate(self.groups):
+            for member in group.members:
+                if member.expert is not None or member.power:
+                    what = "experts" if member.expert is not None else "a norm over its units"
+                    raise ValueError(f"{group.key} has {what} in {member.name}; no sub-model can be gathered from it")
+                others = torch.ones(tensors[member.name].shape[member.dim], dtype=torch.bool)
+                others[member.positions(range(group.num_units))] = False
+                place = _Place(number, member, others.nonzero().flatten(), member.role == "in")
+                self._places.setdefault(member.name, []).append(place)
+        self._skeletons: dict[tuple[int, ...], nn.Module] = {}
+
+    def lay_out(self) -> None:
+        """Let matrices whose columns are gathered lie transposed in memory, so that a unit is one run of it.
+
+        No value and no shape of the parent changes, and no memory is added; gathering then reads kept bytes alone.
+        """
+        tensors = self.model.state_dict(keep_vars=True)
+        for name, places in self._places.items():
+            tensor = tensors[name]
+            if tensor.ndim == 2 and {place.member.dim for place in places} == {1} and tensor.is_contiguous():
+                tensor.data = tensor.data.t().contiguous().t()
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Return numbers that change when a tensor that is gathered was written to in place, or replaced."""
+        tensors = self.model.state_dict(keep_vars=True)
+        cut = [tensors[name] for name in self._places]
+        written = sum(0 if tensor.is_inference() else tensor._version for tensor in cut)
+        return (written, *(tensor.data_ptr() for tensor in cut))
+
+    @torch.no_grad()
+    def gather(self, selection: Selection, *, into: nn.Module | None = None) -> nn.Module:
+        """Return the small model of a selection.
+
+        Args:
+            selection: of units.
+            into: an earlier small model of the same sizes, which then computes this selection in its own memory.
+
+        Raises:
+            ValueError: if the stock class cannot have these sizes, or `into` has others.
+        """
+        tensors = self.model.state_dict(keep_vars=True)
+        buffers = {} if into is None else into.state_dict(keep_vars=True)
+        skeleton = self._skeleton(selection, tensors)
+        is_scaled = bool((torch.cat(selection.scales) != 1).any())
+        gathered = {}
+        for name in self._places:
+            if self._is_cut(name, selection):
+                out = buffers[name].data if into is not None else None
+                gathered[name] = self._gathered(name, tensors[name].detach(), selection, is_scaled, out)
+        return _twin(skeleton, gathered, tensors) if into is None else into
+
+    def num_bytes(self, selection: Selection) -> int:
+        """Return how many bytes the gathered tensors of a selection have; the shared ones do not count."""
+        tensors = self.model.state_dict(keep_vars=True)
+        total = 0
+        for name in self._places:
+            if self._is_cut(name, selection):
+                shape = list(tensors[name].shape)
+                for place in self._places[name]:
+                    num_kept = len(selection.units[place.number]) * sum(size for _, size in place.member.runs)
+                    shape[place.member.dim] = num_kept + len(place.others)
+                total += tensors[name].element_size() * torch.Size(shape).numel()
+        return total
+
+    def _is_cut(self, name: str, selection: Selection) -> bool:
+        places = self._places[name]
+        return any(len(selection.units[place.number]) < self.groups[place.number].num_units for place in places)
+
+    def _gathered(
+        self, name: str, tensor: Tensor, selection: Selection, is_scaled: bool, out: Tensor | None
+    ) -> Tensor:
+        """Return the kept part of one tensor, in the memory of `out` if that is given."""
+        *first, last = self._places[name]
+        for place in first:
+            stays_P, scale_P = place.positions(selection)
+            tensor = tensor.index_select(place.member.dim, stays_P)
+            if is_scaled and place.is_reader:
+                tensor.mul_(_along(scale_P, tensor, place.member.dim))
+        stays_P, scale_P = last.positions(selection)
+        dim = last.member.dim
+        is_turned = tensor.ndim == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous()
+        source, axis = (tensor.t(), 1 - dim) if is_turned else (tensor, dim)
+        if out is None:
+            shape = list(source.shape)
+            shape[axis] = len(stays_P)
+            target = source.new_empty(shape)
+        else:
+            target = out.t() if is_turned else out
+            if target.shape[axis] != len(stays_P):
+                raise ValueError(
+                    f"the model to gather into has {target.shape[axis]} entries of {name} and {len(stays_P)} are kept; "
+                    "give one of the same sizes"
+                )
+        _gather_rows(source, axis, stays_P, scale_P if is_scaled and last.is_reader else None, target)
+        return target.t() if is_turned else target
+
+    def _skeleton(self, selection: Selection, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Return the class at these sizes; the tensors that are cut have no values."""
+        if selection.sizes not in self._skeletons:
+            first = Selection(tuple(torch.arange(size) for size in selection.sizes), selection.scales)
+            structure = Structure({group.key: group for group in self.groups})
+            added = self.model._modules.pop(self._without, None) if self._without is not None else None
+            try:
+                small = build_smaller(self.model, structure, first.plan(self.groups), share=True).eval()
+            finally:
+                if added is not None and self._without is not None:
+                    self.model._modules[self._without] = added
+            _empty(small, {name for name in self._places if self._is_cut(name, selection)})
+            self._skeletons[selection.sizes] = small.requires_grad_(False)
+        return self._skeletons[selection.sizes]
+
+
+def _empty(model: nn.Module, names: Collection[str]) -> None:
+    """Leave parameters without values, tied ones tied."""
+    empty = {id(parameter): nn.Parameter(parameter.to("meta")) for parameter in map(model.get_parameter, names)}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            module._parameters[leaf] = empty.get(id(parameter), parameter)
+
+
+def _along(scale_P: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    return scale_P.view(shape)
+
+
+_BLOCK = 1 << 18  # bytes that are multiplied while they are still near the processor
+
+
+def _gather_rows(source: Tensor, dim: int, stays_P: Tensor, scale_P: Tensor | None, target: Tensor) -> None:
+    """Copy the positions that stay, and multiply them by their scale while they are at hand."""
+    if scale_P is None or dim or source.device.type != "cpu":
+        torch.index_select(source, dim, stays_P, out=target)
+        if scale_P is not None:
+            target.mul_(_along(scale_P, target, dim))
+        return
+    rows = max(1, _BLOCK * len(target) // max(1, target.nbytes))
+    for start in range(0, len(target), rows):
+        block = target[start : start + rows]
+        torch.index_select(source, 0, stays_P[start : start + rows], out=block)
+        block.mul_(_along(scale_P[start : start + rows], block, 0))
+
+
+def _twin(skeleton: nn.Module, gathered: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a model's modules around other tensors: the gathered ones, and of the rest the parent's."""
+    memo: dict[int, object] = {}
+    for name, parameter in skeleton.named_parameters():
+        tensor = gathered[name] if name in gathered else tensors[name].detach()
+        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    for buffer in skeleton.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(skeleton, memo)
