@@ -56,6 +56,8 @@ _CONTRACTS: Mapping[str, _Contract] = {
     "granularity": _Contract("types", "Granularity", "Unstructured"),
     "schedules": _Contract("types", "Schedule", "Cubic"),
     "structured": _Contract("structured.method", "StructuredMethod", "Width"),
+    "conditional": _Contract("conditional.method", "ConditionMethod", "Instruction"),
+    "predictors.encoder": _Contract("predictors.encoder", "Encoder", "OwnLayers"),
     "structured.depth.criteria": _Contract("structured.depth.criteria", "Criterion", "SequencePerplexity"),
     "structured.depth.fusing": _Contract("structured.depth.fusing", "HiddenLoss", "HiddenSquaredError"),
     "solvers.greedy_output": _Contract("solvers.greedy_output", "OutputChooser", "GreedyOutput"),
