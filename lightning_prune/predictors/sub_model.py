@@ -179,9 +179,7 @@ class SubModels:
         places = self._places[name]
         return any(len(selection.units[place.number]) < self.groups[place.number].num_units for place in places)
 
-    def _gathered(
-        self, name: str, tensor: Tensor, selection: Selection, is_scaled: bool, out: Tensor | None
-    ) -> Tensor:
+    def _gathered(self, name: str, tensor: Tensor, selection: Selection, is_scaled: bool, out: Tensor | None) -> Tensor:
         """Return the kept part of one tensor, in the memory of `out` if that is given."""
         *first, last = self._places[name]
         for place in first:

@@ -146,5 +146,5 @@ def test_an_altered_description_is_refused(written: Path, change: Any, said: str
     with pytest.raises(ValueError, match=said):
         open_conditional(written)
     file.write_text(file.read_text()[:-4] + "]")
-    with pytest.raises(ValueError, match="is damaged|has format"):
+    with pytest.raises(ValueError, match=r"is damaged|has format"):
         open_conditional(written)
