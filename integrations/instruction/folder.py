@@ -64,12 +64,7 @@ def save_conditional(
     Raises:
         ValueError: if the folder is not empty, or the model cannot be written.
     """
-    model: Any = condition.model
-    whole = model.state_dict() if state is None else state
-    prefix = f"{NAME}."
-    predictor = {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
-    if not predictor:
-        raise ValueError(f"the tensors to save hold no {NAME}, so the model would be saved without its predictor")
+    predictor, parent = _split(condition.model.state_dict() if state is None else state)
 
     def beside(partial: Path) -> None:
         room = partial / ROOM
@@ -81,10 +76,10 @@ def save_conditional(
         (room / _ABOUT).write_text(json.dumps(sealed(about), indent=2) + "\n", encoding="utf-8")
 
     return export_huggingface(
-        model,
+        condition.model,
         folder,
         tokenizer=tokenizer,
-        state_dict={name: tensor for name, tensor in whole.items() if not name.startswith(prefix)},
+        state_dict=parent,
         recipe=recipe,
         overwrite=overwrite,
         beside=beside,
@@ -142,6 +137,15 @@ def read_tasks(folder: str | PathLike[str]) -> dict[str, list[Tensor]]:
         task, _, idx = name.rpartition("/")
         tasks.setdefault(task, {})[int(idx)] = tensor
     return {task: [scores[idx] for idx in sorted(scores)] for task, scores in tasks.items()}
+
+
+def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the predictor's tensors under their names in it, and all others."""
+    prefix = f"{NAME}."
+    predictor = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not predictor:
+        raise ValueError(f"the tensors to save hold no {NAME}, so the model would be saved without its predictor")
+    return predictor, {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
 
 
 def _about(condition: InstructionCondition) -> dict[str, Any]:
