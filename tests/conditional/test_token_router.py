@@ -203,6 +203,7 @@ def test_activations_computed_twice_give_the_same_step(family: str, method: Cond
         if is_twice:
             recompute_activations(model, use_reentrant=False)
         ids = token_windows(4, 12, seed=9)
+        torch.manual_seed(0)  # of dropout
         mask = (torch.arange(12) < torch.tensor([[12], [9], [12], [5]])).long()
         losses = [
             model.train()(input_ids=i, attention_mask=m, labels=i).loss for i, m in ((ids, mask), (ids, mask.flip(0)))
