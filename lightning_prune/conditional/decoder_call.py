@@ -8,13 +8,24 @@ Shapes: B sequences, T tokens of the call.
 
 import inspect
 from collections.abc import Mapping
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from lightning_prune import padding
 from lightning_prune.structured.structure import Stack
 
-__all__ = ["DecoderCall"]
+__all__ = ["DecoderCall", "Noted"]
+
+
+class Noted(dict[object, Any]):
+    """What calls leave behind for those who ask afterwards; a copy of the model starts without it."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
 
 class DecoderCall:
@@ -30,12 +41,13 @@ class DecoderCall:
         names = list(inspect.signature(self.decoder.forward).parameters)
         self._position = names.index("attention_mask") if "attention_mask" in names else len(names)
         self._mask: object = None
-        self.number = 0
+        self.noted = Noted()  # in the last training call
         self._handle = self.decoder.register_forward_pre_hook(self.begin, with_kwargs=True)
 
     def begin(self, decoder: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Note the mask of a call; the first thing that happens in it."""
-        self.number += 1
+        if decoder.training:
+            self.noted.clear()
         positional = args[self._position] if self._position < len(args) else None
         self._mask = kwargs.get("attention_mask", positional)
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.bounds import at_least
-from lightning_prune.conditional.block_part import BlockPart, sole_blocks, stream_width, with_hidden
 from lightning_prune.conditional.decoder_call import DecoderCall
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.conditional.sparse_block import SparseBlock, mixed
 from lightning_prune.conditional.sparse_trial import make_sparse
+from lightning_prune.conditional.stand_in import StandIn, sole_blocks, stream_width, with_hidden
 from lightning_prune.structured.depth.bypass import first_tensor
 from lightning_prune.structured.structure import Stack
 
@@ -112,7 +112,7 @@ class SkipLayer(ConditionMethod):
         return SkipLayerCondition(self, stack.containers[0], routers, call)
 
 
-class SkipRouter(BlockPart):
+class SkipRouter(StandIn):
     """Decides for every token whether a block runs: r = R x, no bias.
 
     Args:
@@ -132,7 +132,6 @@ class SkipRouter(BlockPart):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64, device=self.like.device))
         self.register_buffer("progress", torch.zeros((), device=self.like.device))  # along the ramp
         self.sparse = SparseBlock(self)
-        self.density: Tensor | None = None
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Return the logits to skip and to run, float32 (B, T, 2)."""
@@ -147,11 +146,11 @@ class SkipRouter(BlockPart):
         logits_BT2 = self.logits(before_BTD)
         if not self.training:
             return self.sparse(logits_BT2[..., 1] > logits_BT2[..., 0], args, kwargs)
-        is_again = self.is_recomputed()
         gate_BT = straight_through(logits_BT2, self.options.temperature)
-        if not is_again:
-            real_BT = self.call.real(before_BTD)
-            self.density = gate_BT.mean() if real_BT is None else (gate_BT * real_BT).sum() / real_BT.sum().clamp(min=1)
+        real_BT = self.call.real(before_BTD)
+        density = gate_BT.mean() if real_BT is None else (gate_BT * real_BT).sum() / real_BT.sum().clamp(min=1)
+        if not self.is_recomputed():
+            self.call.noted[self] = density
         output = self.compute(*args, **kwargs)
         return with_hidden(output, mixed(gate_BT, before_BTD, first_tensor(output)))
 
@@ -196,7 +195,7 @@ class SkipLayerCondition(Condition):
         return 1 - (1 - self.options.density) * self._progress
 
     def _densities(self) -> Tensor | None:
-        found = [router.density for router in self.routers if router.density is not None]
+        found = [self.call.noted[router] for router in self.routers if router in self.call.noted]
         return torch.stack(found) if found else None
 
     def loss(self) -> Tensor | None:

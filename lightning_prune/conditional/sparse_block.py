@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.conditional.block_part import BlockPart, forwards, with_hidden
+from lightning_prune.conditional.stand_in import StandIn, forwards, with_hidden
 from lightning_prune.structured.depth.bypass import first_tensor
 
 __all__ = ["SparseBlock", "mixed", "pattern"]
@@ -76,9 +76,10 @@ def mixed(runs_BT: Tensor, before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
     return (1 - gate_BT1) * before_BTD + gate_BT1 * after_BTD
 
 
-def pattern(like_BT: Tensor, number: int) -> Tensor:
+def pattern(like_BTD: Tensor, number: int) -> Tensor:
     """Return which tokens run in a trial, bool (B, T): another share in every sequence, none in some."""
-    index_BT = torch.arange(like_BT.numel(), device=like_BT.device).view(like_BT.shape)
+    shape = like_BTD.shape[:2]
+    index_BT = torch.arange(shape.numel(), device=like_BTD.device).view(shape)
     return (index_BT * (number + 2) + number) % 3 == 0
 
 
@@ -89,7 +90,7 @@ class SparseBlock:
         part: stands in the block.
     """
 
-    def __init__(self, part: BlockPart) -> None:
+    def __init__(self, part: StandIn) -> None:
         self.part = part
         self.is_sparse = False  # until a trial has shown that it gives the same
         self.trial: int | None = None  # a number in the place of what decides, to try it
@@ -97,18 +98,20 @@ class SparseBlock:
         self.query_only: tuple[str, ...] = ()
         self.shared: tuple[str, ...] = ()
 
-    def __call__(self, runs_BT: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
+    def __call__(self, runs_BT: Tensor | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         """Return what the block gives, the stream of tokens that do not run being unchanged.
 
         Args:
-            runs_BT: bool.
+            runs_BT: bool; None if all run.
             args: of the block.
             kwargs: of the block.
         """
         if not self.is_prepared:
             return self._prepare(args, kwargs)
         if self.trial is not None:
-            runs_BT = pattern(runs_BT, self.trial)
+            runs_BT = pattern(next(iter(self.part.named(args, kwargs).values())), self.trial)
+        if runs_BT is None:
+            return self.part.compute(*args, **kwargs)
         if not self.is_sparse or torch.compiler.is_compiling() or not self._takes_pairs(args, kwargs):
             output = self.part.compute(*args, **kwargs)
             arguments = self.part.named(args, kwargs)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_prune.conditional.method import ConditionMethod
 from lightning_prune.structured.discovery.blueprint import Blueprint
@@ -14,7 +15,9 @@ __all__ = ["decoded", "insert", "model_of", "tokens"]
 
 
 def model_of(name: str) -> Any:
-    """Return a tiny model with every parameter random, in evaluation mode."""
+    """Return a tiny model of three layers with every parameter random, in evaluation mode."""
+    if name == "gpt2":
+        return randomised(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=2, n_positions=64)))
     return randomised(build(name))
 
 

@@ -1,6 +1,6 @@
-"""A part that is added to a block and runs in place of its forward.
+"""What is added to a block and runs in place of its forward.
 
-The part is a submodule of its block, so that its parameters and buffers are saved, moved, cast and sharded with it.
+It is a submodule of its block, so that its parameters and buffers are saved, moved, cast and sharded with it.
 The block keeps its class; `forward` is set on the instance, and what the class computes, recomputation of activations
 included, is called from there.
 
@@ -21,7 +21,7 @@ from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.discovery.stack import blocks_of
 from lightning_prune.structured.structure import Stack
 
-__all__ = ["BlockPart", "forwards", "sole_blocks", "stream_width", "with_hidden"]
+__all__ = ["StandIn", "forwards", "sole_blocks", "stream_width", "with_hidden"]
 
 
 def sole_blocks(model: nn.Module, stack: Stack, what: str) -> list[nn.Module]:
@@ -108,7 +108,7 @@ def forwards(changed: Mapping[nn.Module, Any]) -> Iterator[None]:
                 vars(module)["forward"] = forward
 
 
-class BlockPart(nn.Module):
+class StandIn(nn.Module):
     """Runs a block; inherit and give `run`.
 
     Args:
@@ -131,7 +131,7 @@ class BlockPart(nn.Module):
         return next(parameter for parameter in self.block.parameters() if parameter.is_floating_point())
 
     def install(self, name: str) -> None:
-        """Add the part to its block under a name and run it from now on."""
+        """Add this to its block under a name and run it from now on."""
         self._name, self._before = name, vars(self.block).get("forward")
         self.block.add_module(name, self.train(self.block.training))
         vars(self.block)["forward"] = self.run
