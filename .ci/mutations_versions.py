@@ -32,4 +32,25 @@ MUTATIONS = (
         "self._saved, self._written_at, self._saved_at = {}, -1, 0",
         f"{TESTS}/test_hf_trainer.py -k may_be_unknown",
     ),
+    Mutation(
+        "recomputing by re-entry above frozen embeddings is refused",
+        f"{ADAPTERS}/hf_trainer.py",
+        'if how.get("use_reentrant"):',
+        "if False:",
+        f"{TESTS}/test_recovery_run.py -k re_entry",
+    ),
+    Mutation(
+        "activations above frozen embeddings are recomputed with gradients",
+        f"{ADAPTERS}/hf_trainer.py",
+        'setattr(args, f"{name}_kwargs", how | {"use_reentrant": False})',
+        "pass",
+        f"{TESTS}/test_recovery_run.py -k re_entry",
+    ),
+    Mutation(
+        "embeddings that were told to pass gradients are taken at their word",
+        f"{ADAPTERS}/hf_trainer.py",
+        ' or hasattr(model, "_require_grads_hook")',
+        "",
+        f"{TESTS}/test_recovery_run.py -k re_entry",
+    ),
 )

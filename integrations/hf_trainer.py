@@ -62,6 +62,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.run.recovery is not None:
             model = self.run.prepare(trainer.model)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
+            _recompute_with_gradients(trainer)
             if self.run.recovery.options.learning_rate is not None:
                 take_over_transformers(trainer, self.run.recovery.options.learning_rate)
 
@@ -210,6 +211,29 @@ class PruningCallback(TrainerCallback, ExportableState):
 
 def _callbacks(trainer: Trainer) -> list[PruningCallback]:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PruningCallback)]
+
+
+def _recompute_with_gradients(trainer: Trainer) -> None:
+    """Recompute activations so that gradients pass above frozen embeddings, which re-entry does not.
+
+    Where nothing is said, Transformers 4 re-enters and Transformers 5 does not.
+
+    Raises:
+        ValueError: if the arguments of the training ask for re-entry.
+    """
+    args: Any = trainer.args
+    model: Any = trainer.model
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    is_open = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
+    if is_open or not getattr(args, name) or hasattr(model, "_require_grads_hook"):
+        return
+    how = dict(getattr(args, f"{name}_kwargs") or {})
+    if how.get("use_reentrant"):
+        raise ValueError(
+            f"{name}_kwargs {how} gives no gradient to what is trained here, since the embeddings below it are "
+            "frozen; set use_reentrant to False, or call model.enable_input_require_grads() before the Trainer is made"
+        )
+    setattr(args, f"{name}_kwargs", how | {"use_reentrant": False})
 
 
 def _let_go(trainer: Trainer) -> None:

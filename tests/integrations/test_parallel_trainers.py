@@ -1,5 +1,6 @@
 """Both trainers in two processes, with whole and with sharded weights: resume equals no pause, and all ranks agree."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from lightning_prune.sparsifier import Sparsifier
 from tests.integrations.trainings import ResumableLoader, TinyModule, hf_trainer, lightning_trainer
 from tests.loops import BATCH, NUM_STEPS, recipe
 from tests.processes import Processes
-from tests.tiny_models import TokenDataset, tiny_llama, token_windows
+from tests.tiny_models import CHECKS_SIZES, TokenDataset, tiny_llama, token_windows
 
+FSDP = True if CHECKS_SIZES else "full_shard auto_wrap"  # Transformers 4 takes words
 Way = Literal["ddp", "fsdp"]
 
 
@@ -106,7 +108,8 @@ def accelerate_shards_on_cpu() -> Iterator[None]:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    with mock.patch.object(AcceleratorState, "__init__", start_sharded):
+    second_version = {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}  # Transformers 4 does not ask for it
+    with mock.patch.object(AcceleratorState, "__init__", start_sharded), mock.patch.dict(os.environ, second_version):
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -116,7 +119,7 @@ def run_transformers(way: Way, source: dict[str, Any], folder: Path, resume: str
     model = tiny_llama(seed=0 if resume is None else 99)
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 4}
     if way == "fsdp":
-        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        options |= {"fsdp": FSDP, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     with accelerate_shards_on_cpu() if way == "fsdp" else nullcontext():
         trainer = hf_trainer(model, folder, [callback], **options)
         trainer.train(resume_from_checkpoint=resume)

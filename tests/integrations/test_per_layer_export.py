@@ -20,6 +20,7 @@ from lightning_prune.structured.groups import Cut, Plan, Share
 from lightning_prune.structured.shrink import shrink
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens
 from tests.model_folders import character_tokenizer
+from tests.tiny_models import knows_shapes_per_block
 
 # Opens folders where this package cannot be imported; prints what happened as JSON.
 READER = """
@@ -125,6 +126,12 @@ def test_nothing_opens_it_as_a_full_model(tmp_path: Path) -> None:
     done = run_isolated(WITHOUT_TRUST, tmp_path, str(out))
     assert done.returncode != 0
     assert "trust_remote_code=True" in done.stderr
+
+
+@knows_shapes_per_block
+def test_its_stock_class_does_not_open_it_as_a_full_model(tmp_path: Path) -> None:
+    model, structure = parent("llama")
+    out = export_per_layer(model, Plan(skip=((1, "mlp"),)), tmp_path / "out", structure=structure)
     with pytest.raises(RuntimeError, match="per-layer attribute"):
         LlamaForCausalLM.from_pretrained(out)
 

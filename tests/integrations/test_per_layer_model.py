@@ -19,7 +19,7 @@ from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan, Share, zeroed
 from tests.integrations.per_layer_families import FAMILIES, SKIP, parent, ragged, tiny, tokens
-from tests.tiny_models import recompute_activations
+from tests.tiny_models import knows_shapes_per_block, recompute_activations
 
 
 @functools.cache
@@ -222,6 +222,7 @@ class ReadsPerLayer(LlamaForCausalLM):
         )
 
 
+@knows_shapes_per_block
 def test_a_class_that_reads_shapes_per_block_stays_what_it_is() -> None:
     model = ReadsPerLayer(tiny("llama").config).eval()
     structure = discover(model)
@@ -280,7 +281,9 @@ def test_head_counts_need_not_divide_the_hidden_size() -> None:
     fields = {name: value for name, value in fields.items() if name != "model_type"}
     model = model_class(config_class.from_dict({**fields, "num_attention_heads": 3}))
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (24, 32)
-    config_class.from_dict(model.config.to_dict()).validate()
+    again = config_class.from_dict(model.config.to_dict())
+    if hasattr(again, "validate"):  # in Transformers 5
+        again.validate()
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,18 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     assert same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
 
 
+def test_recomputing_by_re_entry_above_frozen_embeddings(tmp_path: Path) -> None:
+    content = {"recover": {"lora": LORA, "requires": "any"}}
+    re_entry = {RECOMPUTE: True, f"{RECOMPUTE}_kwargs": {"use_reentrant": True}, "max_steps": 1}
+    with pytest.raises(ValueError, match=rf"{RECOMPUTE}_kwargs {{'use_reentrant': True}} gives no gradient"):
+        with_transformers(content, tmp_path, **re_entry)
+    asked = tiny_llama()
+    asked.enable_input_require_grads()
+    with_transformers(content, tmp_path, model=asked, **re_entry)
+    trainer = hf_trainer(tiny_llama(), tmp_path, [TransformersCallback(content)], **{RECOMPUTE: True})
+    assert getattr(trainer.args, f"{RECOMPUTE}_kwargs") == {"use_reentrant": False}
+
+
 @pytest.mark.parametrize("way", ["scaled, norms", "all at once"])
 def test_resume_is_exact_in_transformers(way: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4}

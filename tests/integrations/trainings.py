@@ -38,6 +38,11 @@ class InOrderTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if not hasattr(self, "_loss_shifts_labels"):  # Transformers 4 counts the first label too, which no loss reads
+            batch_samples = [batch | {"labels": batch["labels"][..., 1:]} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
