@@ -139,7 +139,7 @@ MUTATIONS = (
         f"{CORE}/closing_notes.py",
         "if ending.differences:",
         "if False:",
-        f"{HF} -k best_checkpoint",
+        f"{HF} -k were_replaced",
     ),
     Mutation(
         "the guard holds",

@@ -273,6 +273,18 @@ def test_frozen_blocks_below_a_head_that_trains_may_be_unfrozen_later() -> None:
     assert len(chosen(model.requires_grad_(False))) == 8
 
 
+def test_a_frozen_layer_that_holds_its_own_adapter_is_pruned() -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.weight.requires_grad_(False)
+            self.low, self.high = nn.Parameter(torch.zeros(2, 8)), nn.Parameter(torch.zeros(8, 2))
+
+    frozen = nn.Linear(8, 8).requires_grad_(False)
+    model = nn.ModuleList(nn.ModuleDict({"one": Adapted(), "other": frozen}) for _ in range(2))
+    assert chosen(model) == ["0.one.weight", "1.one.weight"]
+
+
 @pytest.mark.filterwarnings("ignore:Unable to import:UserWarning")
 def test_a_frozen_base_is_pruned_where_an_adapter_covers_it() -> None:
     from peft import LoraConfig, get_peft_model

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune import Once, Sparsifier, Targets
+from lightning_prune import Existing, Once, Sparsifier, Targets
 from lightning_prune.scorers.gradient import Gradient
 from lightning_prune.scorers.taylor import Taylor
 from tests.loops import NUM_STEPS, adamw, assert_same_masks, assert_same_weights, batches, sparsifier, train
@@ -198,6 +198,12 @@ def test_another_model_is_pruned_anew(other: Any) -> None:
     train(alone, optimizer)
     assert_same_masks(conductor, fresh)
     assert_same_weights(second, alone)
+
+
+def test_a_dense_model_has_no_zeros_to_hold() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="holds the zeros that the model has, but none of its 14 targets is sparse"):
+        attached(model, adamw(model), schedule=Existing())
 
 
 def test_averages_take_the_masks() -> None:

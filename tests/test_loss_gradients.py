@@ -130,6 +130,12 @@ def test_the_first_label_of_short_sequences_is_predicted_by_none() -> None:
     assert notes == []
 
 
+def test_a_model_without_a_loss_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="Taylor needs a loss, but the model returns none; add labels"):
+        observed(model, [{"input": torch.rand(2, 4)}])
+
+
 def test_padding_has_no_labels() -> None:
     ids, attention_mask = torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1, 0]])
     assert token_labels({"input_ids": ids, "attention_mask": attention_mask})["labels"].tolist() == [[5, 6, -100]]

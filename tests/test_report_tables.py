@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_prune.report_tables import format_count, format_percent, format_value
+from lightning_prune.report_tables import before_after, format_count, format_percent, format_value
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,8 @@ def test_values(value, text):
 def test_percent():
     assert format_percent(0.50004) == "50.00 %"
     assert format_percent(None) == "-"
+
+
+def test_counts_stand_before_and_after():
+    report = {"num_parameters": 2000, "num_nonzeros": 500}
+    assert "<td>2.00 k</td><td>500</td>" in before_after(report, [])

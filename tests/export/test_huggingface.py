@@ -43,6 +43,21 @@ def test_given_tensors_take_the_place_of_the_models_own(tmp_path: Path) -> None:
     assert not any(value.any() for value in loaded.state_dict().values())
 
 
+def test_what_is_written_beside_the_model_appears_with_it_or_not_at_all(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        assert not (tmp_path / "out").exists()
+        (folder / "more").write_text("x")
+        if (tmp_path / "whole").exists():
+            raise OSError("disk full")
+
+    out = export_huggingface(tiny_llama(), tmp_path / "out", beside=write)
+    assert (out / "more").exists()
+    out.rename(tmp_path / "whole")
+    with pytest.raises(OSError, match="disk full"):
+        export_huggingface(tiny_llama(), tmp_path / "out", beside=write)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
 def test_a_failing_tokenizer_leaves_nothing(tmp_path: Path) -> None:
     class Broken:
         def save_pretrained(self, folder: Path) -> None:

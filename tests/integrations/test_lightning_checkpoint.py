@@ -58,6 +58,13 @@ def test_pruned_checkpoints_alone_compete(tmp_path: Path, caplog: pytest.LogCapt
     assert callback.run.report().notes == ()
 
 
+@pytest.mark.skipif("on_train_end" not in vars(ModelCheckpoint), reason="Lightning 2.5 saves nothing at the end")
+def test_the_last_checkpoint_is_written_at_the_end_if_it_is_pruned(tmp_path: Path) -> None:
+    keeping = PrunedCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
+    net_trainer(PruningCallback(cubic()), keeping, enable_checkpointing=True).fit(Net(), data(), data())
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_an_ordinary_checkpoint_without_a_metric_needs_no_words(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from lightning_prune.integrations.peft_lora import (
     open_adapter,
     take_over_lora,
 )
-from lightning_prune.integrations.peft_merge import check_merge, export_adapter, merge, merged_state
+from lightning_prune.integrations.peft_merge import base_state, check_merge, export_adapter, merge, merged_state
 from lightning_prune.recovery.lora_options import LoraForm
 from tests.structured.families import build
 from tests.tiny_models import recompute_activations
@@ -361,3 +361,14 @@ def test_an_accelerator_gives_what_the_processor_gives(form: LoraForm) -> None:
         assert zeros_are_masks(merged.named_parameters(), masks)
         found[place] = logits(merged)
     torch.testing.assert_close(found["cpu"], found[device.type], rtol=0, atol=1e-4)
+
+
+def test_the_base_is_what_it_was_before_adapters() -> None:
+    model = build("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    wrapped = peft.get_peft_model(model, config)
+    base, weights = base_state(wrapped, wrapped.state_dict())
+    assert base is wrapped.get_base_model()
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(weights[name], value) for name, value in before.items())

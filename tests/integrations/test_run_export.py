@@ -104,6 +104,23 @@ def test_masked_adapters_with_a_folder_are_told_nothing(tmp_path: Path, caplog: 
     run.abort()
 
 
+def test_masked_adapters_are_merged_or_written_alone_as_the_recipe_says(tmp_path: Path) -> None:
+    for form in ("huggingface", "adapter"):
+        out = tmp_path / form
+        run = PruningRun(job(None, **RECOVER, export={"format": form, "dir": str(out)}))
+        finished(run, run.prepare(tiny_llama()))
+        assert (out / "adapter_config.json").exists() == (form == "adapter")
+        assert (out / "model.safetensors").exists() == (form == "huggingface")
+
+
+def test_units_that_masks_left_are_all_that_is_written(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {"granularity": "Channel", "targets": {"include": ["*.mlp.down_proj.weight"]}}
+    source = recipe(0.25, scorer={"class_path": "Magnitude", "init_args": {"scope": "tensor"}}, **parts)
+    out = tmp_path / "out"
+    finished(PruningRun(source | {"shrink": {"zeros": True}, "export": {"format": "huggingface", "dir": str(out)}}))
+    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size == 36
+
+
 # Folders
 
 

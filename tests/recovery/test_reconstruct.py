@@ -160,6 +160,7 @@ def test_the_dense_model_that_runs_along_leaves_nothing_behind() -> None:
     refit(model, dense, masks, batches)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
     assert all(torch.equal(dense[name], tensor) for name, tensor in given.items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_the_dense_model_keeps_the_outputs_of_the_whole_nearer() -> None:
@@ -246,8 +247,12 @@ def test_few_tokens_are_noted_and_fewer_refused_before_anything_changes() -> Non
     model = tiny_llama()
     dense, masks = pruned(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="keeps 16 inputs in a row and sees 12 calibration tokens; a refit needs at"):
-        refit(model, dense, masks, [{"input_ids": token_windows(1, 12)}])
+    with pytest.raises(ValueError, match="keeps 24 inputs in a row and sees 40 calibration tokens; a refit needs at"):
+        refit(model, dense, masks, [{"input_ids": token_windows(4, 10)}])  # enough for the first targets of a block
+    is_real = torch.arange(12) < 3
+    padded = {"input_ids": token_windows(8, 12), "attention_mask": is_real.long().expand(8, 12)}
+    with pytest.raises(ValueError, match="keeps 16 inputs in a row and sees 24 calibration tokens"):
+        refit(model, dense, masks, [padded])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     report = refit(model, dense, masks, [{"input_ids": token_windows(8, 12)}])
     assert len(report.notes) == 1

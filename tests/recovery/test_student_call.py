@@ -51,7 +51,10 @@ def test_hidden_states_are_taken_along_and_shown_only_if_asked_for() -> None:
 def test_the_loss_is_replaced_and_stands_first() -> None:
     model = tiny_llama().train()
     calls = StudentCalls(model, wanted=HIDDEN, replace_loss=one)
+    asked: list[set[str]] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: asked.append(set(kwargs)), with_kwargs=True)
     output = model(IDS, labels=IDS)
+    assert asked == [{"input_ids", "output_hidden_states"}]  # without labels: its own loss would be for nothing
     assert next(iter(output)) == "loss"
     assert output[0].item() == output.loss.item() == 1
     calls.remove()

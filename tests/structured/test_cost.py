@@ -37,6 +37,14 @@ def test_the_smallest_sparsity_within_a_budget() -> None:
 
     assert kept % 8 == 0
     assert flops(kept) <= 0.8 * num_flops(model, structure, ()) < flops(kept + 8)
+    least = dense - 2 * 3 * 32 * 47  # one unit stays
+    assert least / dense * dense == least
+    assert (
+        uniform(
+            structure.of_kind("ffn")[0], sparsity_within(model, structure, ("ffn",), Budget(share=least / dense)), 1
+        )
+        == 1
+    )
     with pytest.raises(ValueError, match=r"as far as possible leaves 0.* more than the budget of 0.1"):
         sparsity_within(model, structure, ("ffn",), Budget(share=0.1))
 

@@ -57,6 +57,20 @@ def test_a_compiled_model_is_cut_too() -> None:
     check_masks_cut_units(model, Targets(include=("*.q_proj.weight",)).resolve(model), 1)  # not told before the end
 
 
+@pytest.mark.parametrize(
+    ("targets", "width", "message"),
+    [
+        ("*.q_proj.weight", 1, r"cut what masks on model.layers.0.self_attn.q_proj.weight leave behind: it reads no"),
+        ("*.o_proj.weight", 4, r"are 8 columns wide, masks of granularity Channel 4; set prune.granularity.width to 8"),
+    ],
+)
+def test_masks_that_cut_no_units_are_refused(targets: str, width: int, message: str) -> None:
+    model = tiny_llama()
+    check_masks_cut_units(model, Targets(include=("*.down_proj.weight",)).resolve(model), width)
+    with pytest.raises(ValueError, match=message):
+        check_masks_cut_units(model, Targets(include=(targets,)).resolve(model), width)
+
+
 def cut_sharded() -> tuple[int, Tensor]:
     """Cut a model that is sharded over two processes."""
     model = masked_llama()

@@ -26,6 +26,15 @@ def test_cuts_along_both_dimensions_join() -> None:
     assert scale_of(groups, cuts, SHAPES, removal) == {"norm": (pytest.approx(1.5**0.5), 0.0)}
 
 
+def test_cuts_that_do_not_fit_the_groups_are_refused() -> None:
+    groups = {group.key: group for group in (ROWS, COLUMNS)}
+    assert without_orphans(groups, [Cut(ROWS.key, (2, 0))])[ROWS.key].keep == (0, 2)
+    with pytest.raises(ValueError, match="the units 0 to 3, each at most once"):
+        without_orphans(groups, [Cut(ROWS.key, (1, 4))])
+    with pytest.raises(ValueError, match="the model has no group 'a:heads'; it has a:ffn"):
+        without_orphans(groups, [Cut("a:heads", (1,))])
+
+
 def test_experts_choose_their_own_units_but_equally_many() -> None:
     groups = {f"e{i}:ffn": Group(f"e{i}", "ffn", 0, 3, (Member("stacked", 1, ((0, 1),), "out", i),)) for i in (0, 1)}
     tensor = torch.arange(12).reshape(2, 3, 2)

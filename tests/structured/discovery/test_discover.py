@@ -319,3 +319,13 @@ def test_a_model_whose_outputs_are_undefined_is_refused() -> None:
         model.model.norm.weight[3] = torch.inf
     with pytest.raises(ValueError, match="LlamaForCausalLM gives infinite or undefined outputs on the probe"):
         discover(model, kinds=("ffn",))
+
+
+def test_a_field_that_counts_nothing_is_forgotten_once_another_is_found() -> None:
+    class Config(LlamaConfig):  # type: ignore[misc]
+        def to_dict(self) -> dict[str, Any]:
+            return {"dim": 7} | super().to_dict()
+
+    structure = discover(randomised(LlamaForCausalLM(Config(**SIZES))), kinds=("hidden",))
+    assert structure.kinds == ("hidden",)
+    assert "hidden" not in structure.refused

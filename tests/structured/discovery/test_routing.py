@@ -63,6 +63,11 @@ def test_experts_of_groups_that_are_chosen_first_stay_equally_many_in_each() -> 
     assert small.config.n_routed_experts == 4
 
 
+def test_the_chosen_groups_hold_as_many_as_are_chosen() -> None:
+    _, groups = experts(mixture("glm4_moe", num_experts_per_tok=3, n_group=2, topk_group=1))
+    assert [(group.num_parts, group.min_units) for group in groups] == [(2, 6), (2, 6)]  # three of the one group
+
+
 def test_where_every_expert_of_a_group_is_chosen_none_can_go() -> None:
     structure = discover(mixture("glm4_moe"), kinds=("experts",))  # 2 in each of 4 groups, of which 1 is chosen
     with pytest.raises(ValueError, match=r"every token to 2 of them \(num_experts_per_tok=2\) from 1 of 4 equal gro"):
