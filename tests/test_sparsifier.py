@@ -214,7 +214,10 @@ def test_bf16_autocast_and_bf16_weights_keep_exact_zeros() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by the compiler
-@pytest.mark.parametrize("scorer", ["Magnitude", "Wanda", "Taylor"])
+@pytest.mark.parametrize(
+    "scorer",
+    ["Wanda", pytest.param("Magnitude", marks=pytest.mark.slow), pytest.param("Taylor", marks=pytest.mark.slow)],
+)
 def test_a_compiled_model_gets_the_same_masks(scorer: str) -> None:
     plain, conductor = train_pruned(recipe(scorer=scorer))
     model = tiny_llama()

@@ -75,6 +75,7 @@ def test_lightning_script_is_pruned(lightning_folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @resumes_in_place
 def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     moved = shutil.copy(lightning_folder / "whole" / "step=8.ckpt", lightning_folder / "moved.ckpt")
@@ -92,7 +93,7 @@ def test_lightning_script_resumes_exactly(lightning_folder: Path) -> None:
     assert differences(*states) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_that_lightning_starts_are_pruned(lightning_folder: Path) -> None:
     program = lightning_folder / "train.py"
     text = (
@@ -108,7 +109,7 @@ def test_ranks_that_lightning_starts_are_pruned(lightning_folder: Path) -> None:
     assert differences(first, second) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pytorch_lightning_script_is_pruned(lightning_folder: Path) -> None:
     if find_spec("pytorch_lightning") is None:
         pytest.skip("needs pytorch_lightning")
@@ -122,7 +123,7 @@ def test_pytorch_lightning_script_is_pruned(lightning_folder: Path) -> None:
     assert differences(torch.load(out / "final.pt"), expected) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lightning_cli_program_is_pruned(lightning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = programs.LIGHTNING.partition("if __name__")[0] + (
         "from lightning.pytorch.cli import LightningCLI\n"
@@ -175,7 +176,7 @@ def test_subclass_of_trainer_gets_one_callback(transformers_folder: Path) -> Non
     assert line.split().count("PruningCallback") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transformers_script_resumes_exactly(transformers_folder: Path) -> None:
     whole, resumed = transformers_folder / "whole", transformers_folder / "resumed"
     moved = shutil.copytree(whole / "checkpoint-8", transformers_folder / "moved" / "checkpoint-8")
@@ -217,7 +218,7 @@ def test_workers_of_torchrun_are_pruned(transformers_folder: Path) -> None:
     assert set(zeros(final(out)).values()) == {0.5, 0.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exec_below_torchrun_is_pruned(transformers_folder: Path) -> None:
     out = transformers_folder / "outside"
     result = run(
@@ -229,7 +230,7 @@ def test_exec_below_torchrun_is_pruned(transformers_folder: Path) -> None:
     assert set(zeros(final(out)).values()) == {0.5, 0.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accelerate_launch_is_pruned(transformers_folder: Path) -> None:
     launcher = Path(sys.executable).with_name("accelerate")
     out = transformers_folder / "accelerate"

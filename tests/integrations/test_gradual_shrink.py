@@ -32,7 +32,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transformers_and_a_bare_loop_give_the_same_weights_and_resume(tmp_path: Path) -> None:
     model = tiny_llama()
     callback = hf_gradual_shrink.ShrinkingCallback(SHRINK)
@@ -46,6 +46,7 @@ def test_transformers_and_a_bare_loop_give_the_same_weights_and_resume(tmp_path:
         assert same(model.state_dict(), again.state_dict()), step
 
 
+@pytest.mark.slow
 def test_mixed_precision_cuts_as_full_precision_does(tmp_path: Path) -> None:
     """Accelerate puts autocast around `forward`, which the smaller model does not have."""
     model = tiny_llama()
@@ -55,8 +56,13 @@ def test_mixed_precision_cuts_as_full_precision_does(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [2, NUM_STEPS // 2, NUM_STEPS - 1])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        *(pytest.param(stop, marks=pytest.mark.long) for stop in (NUM_STEPS // 2, NUM_STEPS - 1)),
+    ],
+)
 def test_lightning_resumes_a_smaller_model_into_a_full_size_module(stop: int, tmp_path: Path) -> None:
     def callback() -> lightning_gradual_shrink.ShrinkingCallback:
         return lightning_gradual_shrink.ShrinkingCallback(SHRINK)

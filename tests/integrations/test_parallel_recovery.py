@@ -73,8 +73,9 @@ def run_transformers(way: Way, folder: Path) -> tuple[dict[str, Tensor], int]:
     return trained(trainer.model, int(callback.run.recovery._num_tokens))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("ddp", marks=pytest.mark.long), pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_trainers_and_ranks_agree(ranks: Processes, tmp_path: Path, way: Way) -> None:
     found = {}
     for run in (run_lightning, run_transformers):

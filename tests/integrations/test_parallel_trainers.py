@@ -132,10 +132,13 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not differing, f"tensors differ: {differing}"
 
 
-@pytest.mark.parametrize("way", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize(
-    "scorer",
-    ["Wanda", pytest.param("Magnitude", marks=pytest.mark.slow), pytest.param("Taylor", marks=pytest.mark.slow)],
+    ("way", "scorer"),
+    [
+        pytest.param(way, scorer, marks=pytest.mark.slow if (way, scorer) == ("fsdp", "Wanda") else pytest.mark.long)
+        for way in ("ddp", "fsdp")
+        for scorer in ("Wanda", "Magnitude", "Taylor")
+    ],
 )
 def test_trainers_agree_and_resume_equals_no_pause(ranks: Processes, tmp_path: Path, way: Way, scorer: str) -> None:
     wholes = []

@@ -194,7 +194,9 @@ def test_layers_and_parts_go_in_one_plan() -> None:
     assert small.config.to_dict()["per_layer_config"]["2"]["intermediate_size"] is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("opt", marks=pytest.mark.slow)]
+)
 def test_a_pruned_model_can_be_pruned_again(name: str) -> None:
     small = child(name)
     structure = discover(small)

@@ -85,7 +85,7 @@ def test_matrices_are_stored_once(tmp_path: Path) -> None:
     assert "lightning_prune" not in (out / "modeling_pruned_llama.py").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_folders_open_and_train_without_the_package(tmp_path: Path) -> None:
     batches = [{"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}]
     for name in READ:

@@ -30,9 +30,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "distillation": {"distill": {"temperature": 2.0, "ce_weight": 0.5}},
     "all at once": {"lora": LORA, "distill": {}, "learning_rate": {"warmup": 2, "final": 0.0}},
 }
+QUICK = ("masked", "all at once")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_both_trainers_give_the_same_weights_and_keep_every_zero(way: str, tmp_path: Path) -> None:
     callback, model = with_transformers(recipe(WAYS[way], tmp_path / "hf"), tmp_path / "hf")
     with_lightning(recipe(WAYS[way], tmp_path / "pl"))
@@ -73,7 +74,7 @@ def test_recomputing_by_re_entry_above_frozen_embeddings(tmp_path: Path) -> None
     assert getattr(trainer.args, f"{RECOMPUTE}_kwargs") == {"use_reentrant": False}
 
 
-@pytest.mark.parametrize("way", ["scaled, norms", "all at once"])
+@pytest.mark.parametrize("way", [pytest.param("scaled, norms", marks=pytest.mark.slow), "all at once"])
 def test_resume_is_exact_in_transformers(way: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4}
     with_transformers(recipe(WAYS[way], tmp_path / "one"), tmp_path / "one", **options)

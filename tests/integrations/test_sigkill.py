@@ -118,6 +118,7 @@ def loaded(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_transformers_survives(tmp_path: Path, context: BaseContext) -> None:
     whole, killed = trainings(tmp_path, context, programs.TRANSFORMERS, HF_ADAPTER, programs.TRANSFORMERS_RECIPE)
     whole.start()

@@ -38,6 +38,7 @@ LORA_OPTIONS = (
 )
 
 
+@pytest.mark.slow
 def test_sft_with_its_own_lora_keeps_the_zeros_of_a_pruned_model(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

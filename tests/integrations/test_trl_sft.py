@@ -70,7 +70,7 @@ def run_and_kill(folder: Path, out: Path, moment: Path) -> None:
         assert parent.returncode == 128 + signal.SIGKILL, errors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sft_is_pruned_and_survives_a_kill(folder: Path) -> None:
     whole, killed = folder / "whole", folder / "killed"
     assert cli.main(command(folder, whole)) == 0

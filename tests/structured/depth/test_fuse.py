@@ -195,7 +195,7 @@ def test_models_that_cannot_be_fused_are_refused() -> None:
         refuse(method, tiny_model("qwen3_moe"), "most weights of block 0 are not in linear layers")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_fuse_as_one_does() -> None:
     with Processes(2) as processes:
         (first, plan), (second, other) = processes.run(fuse_on_rank, 2)

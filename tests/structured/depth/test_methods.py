@@ -256,7 +256,7 @@ def test_search_resumes_on_the_same_model_and_data_alone(tmp_path: Path, monkeyp
         pruner.plan(model, structure_of(groups), BATCHES, state_file=path, progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
     with Processes(2) as processes:
         for index, method in enumerate((BlockPruner(stop=Stop(count=3)), FinerCut(stop=Stop(count=2)), METHODS[0])):

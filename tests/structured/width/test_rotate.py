@@ -211,7 +211,7 @@ def moments_of_share() -> Tensor:
     return stream_moments(model, group, calibration()[dist.get_rank() :: 2], signal="normalised")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_with_half_of_the_batches_each_see_the_moments_of_all() -> None:
     model = family("llama")
     whole_DD, _ = stream_moments(model, discover(model).of_kind("hidden")[0], calibration(), signal="normalised")

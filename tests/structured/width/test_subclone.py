@@ -229,7 +229,7 @@ def plan_of_share() -> Plan:
     return planned(family("llama"), shape, calibration()[dist.get_rank() :: 2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_with_half_of_the_batches_each_plan_as_one_does_with_all() -> None:
     shape = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2}
     plan = planned(family("llama"), shape)
