@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from lightning_prune.whole_file import written_aside
+
 disable_progress_bar()
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,9 +137,8 @@ def write_result(
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for item in limits:
         word = "met" if item["is_met"] else "MISSED"
         print(f"{word}: {item['name']}: {item['measured']} (at most {item['at_most']})")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.structure import Structure
+from lightning_prune.whole_file import written_aside
 
 NAME = "quality_recovery_stories3M"
 MODEL = "stories3M"
@@ -201,9 +202,8 @@ def add(row: Mapping[str, Any], path: Path, key: Sequence[str], rest: Mapping[st
         rows = [found for found in load(path) if any(found[field] != row[field] for field in key)] + [dict(row)]
         record = {**rest, "seeds": sorted({found["seed"] for found in rows}), "settings": SETTINGS}
         record |= {"machine": machine(), "versions": versions(), "summary": summary(rows), "rows": rows}
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.structure import Structure
+from lightning_prune.whole_file import written_aside
 
 NAME = "quality_structured_stories3M"
 MODEL = "stories3M"
@@ -253,9 +254,8 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path, omitted: Mapping[str, s
         "rows": list(rows),
     }
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,8 @@ Not reached: interpreters started with -E, -I or -S, and programs that clear PYT
 import contextlib
 import functools
 import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import logging
 import os
@@ -195,6 +197,10 @@ def _argv(command: Sequence[str]) -> list[str]:
     if not command:
         raise ValueError("exec needs a command after --: SCRIPT.py ARGS, -m MODULE ARGS, or an executable")
     program = command[0]
+    if program == "-m":
+        _check_module(command[1:])
+    elif program.endswith(".py") and not os.path.isfile(program):
+        raise ValueError(f"there is no script {program}; name the file from the current folder, {os.getcwd()}")
     if program.startswith("-") or program.endswith(".py"):
         return [sys.executable, *command]
     if shutil.which(program) is None:
@@ -203,6 +209,21 @@ def _argv(command: Sequence[str]) -> list[str]:
             "such as torchrun, accelerate or trl"
         )
     return list(command)
+
+
+def _check_module(arguments: Sequence[str]) -> None:
+    """Refuse a module that Python does not find; what lies in a package only the package knows."""
+    if not arguments:
+        raise ValueError("exec needs a module after -m, as in -m package.train ARGS")
+    package = arguments[0].partition(".")[0]
+    with contextlib.suppress(ValueError):  # of a module that is loaded already and tells nothing of where it lies
+        here = importlib.machinery.PathFinder.find_spec(package, [os.getcwd()])
+        if here is None and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"there is no module {package!r} for -m {arguments[0]}; install it, or start exec in the folder that "
+                "holds it",
+                name=package,
+            )
 
 
 def _environment(recipe: str, marker: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lightning_prune.saved_state import load_file
+from lightning_prune.whole_file import written_aside
 
 __all__ = ["SIDE_FILE", "has_optimizer", "read_side_file", "resume_folder", "undone", "write_side_file"]
 
@@ -31,9 +32,8 @@ logger = logging.getLogger(__name__)
 def write_side_file(folder: Path, name: str, *, global_step: int, run: Mapping[str, Any]) -> None:
     """Write the state of a run into a checkpoint folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.partial"
-    torch.save({"global_step": global_step, "run": dict(run)}, partial)
-    os.replace(partial, folder / name)
+    with written_aside(folder / name) as aside:
+        torch.save({"global_step": global_step, "run": dict(run)}, aside)
 
 
 def read_side_file(folder: Path, name: str, global_step: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Shapes: N sequences, T tokens of each.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lightning_prune.export.dense import export_dense
-from lightning_prune.export.folder import PLAN_NAME, check_free
+from lightning_prune.export.folder import NOTE_NAME, PLAN_NAME, check_free, check_writable, read_note
 from lightning_prune.export.huggingface import export_huggingface
+from lightning_prune.export.plan_note import read_plan
 from lightning_prune.integrations.calibration_text import Text
 from lightning_prune.integrations.hf_calibration import check_text_fits
 from lightning_prune.integrations.hf_open import load_model
@@ -63,6 +63,10 @@ def run_oneshot(
         ValueError: if an input is wrong; nothing has been written then.
     """
     recipe = Recipe.load(config, overrides=overrides)
+    folder = check_free(out)
+    check_writable(folder if folder.is_dir() else folder.parent)
+    if recipe.report.dir is not None:
+        check_writable(recipe.report.dir)
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
     needs_text = _needs_text(run)
@@ -131,18 +135,22 @@ def export_model(name: str, out: str, *, form: str, trust_remote_code: bool = Fa
         What was written.
 
     Raises:
-        ValueError: if the model cannot be opened or the folder is not empty.
+        ValueError: if the model cannot be opened, a note beside it is damaged, or the folder is not empty.
     """
     check_free(out)
+    folder = Path(name).expanduser()
+    note = read_note(folder)
+    plan_note = read_plan(folder)[1] if (folder / PLAN_NAME).is_file() else None
     model, tokenizer = load_model(name, device="cpu", trust_remote_code=trust_remote_code)
-    path = Path(name).expanduser() / "sparsity.json"
-    note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    targets = Targets(include=tuple(note.get("targets", ())))
-    report = measure(model, targets.resolve(model), step=0)
+    try:
+        targets = Targets(include=tuple(note.get("targets", ()))).resolve(model)
+    except ValueError as error:
+        if not note:
+            raise
+        raise ValueError(f"{folder / NOTE_NAME} is not of this model: {error}") from error
+    report = measure(model, targets, step=0)
     if form == "dense":
         return export_dense(model, out, report=report, recipe=note.get("recipe"))
-    plan_file = path.with_name(PLAN_NAME)
-    plan_note = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.is_file() else None
     return export_huggingface(
         model, out, tokenizer=tokenizer, report=report, recipe=note.get("recipe"), plan_note=plan_note
     )

@@ -6,10 +6,13 @@ sections are read by `lightning_prune.recipe`, as in every other way of running 
 
 import importlib
 import logging
+import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
@@ -23,6 +26,7 @@ __all__ = ["RecipeCLI", "run_recipe"]
 logger = logging.getLogger(__name__)
 
 _CAUSAL_LM = "lightning_prune.integrations.causal_lm.CausalLM"
+_UNKNOWN_CLASS = re.compile(r"(?:GLOBAL|global|class) ([\w.]+\.\w+)")  # in what torch says of a file
 _SECTIONS = ("trainer", "model", "data")
 
 
@@ -53,6 +57,8 @@ def run_recipe(
     arguments = list(_name_model(recipe, arguments))
     if recipe.model is None and not any(argument.startswith("--model") for argument in arguments):
         raise ValueError(f"recipe {recipe.name} has no model section; give --model a class, a path or a hub id")
+    if ckpt_path is not None and not print_config:
+        _check_checkpoint(Path(ckpt_path).expanduser())
     try:
         cli = RecipeCLI(recipe, arguments, is_dry=print_config)
     except (ArgumentError, ValueError) as error:
@@ -62,6 +68,42 @@ def run_recipe(
         return 0
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     return 0
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Refuse a file that holds no checkpoint; what is no file (`last`, an address, a folder) is left to Lightning.
+
+    The tensors in it stay on the disk.
+
+    Raises:
+        ValueError: if it is damaged, no checkpoint of Lightning, or holds what could run code.
+    """
+    if not path.is_file():
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:
+        unknown = _UNKNOWN_CLASS.search(str(error))
+        if unknown is not None:
+            raise ValueError(
+                f"the checkpoint {path} holds a {unknown[1]}, and opening it could run code: keep hyperparameters as "
+                "plain values (save_hyperparameters(ignore=...)), or resume in a program of your own"
+            ) from error
+        raise ValueError(
+            f"cannot read the checkpoint {path}: it is truncated or damaged; use an earlier one"
+        ) from error
+    lacking = (
+        [name for name in ("pytorch-lightning_version", "state_dict") if name not in content]
+        if isinstance(content, dict)
+        else ["everything"]
+    )
+    if lacking:
+        raise ValueError(
+            f"{path} is no checkpoint of a Lightning training (it lacks {lacking[0]}); name one that ModelCheckpoint "
+            "has written, or give a model folder as --model"
+        )
 
 
 class RecipeCLI(LightningCLI):

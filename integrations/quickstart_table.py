@@ -1,13 +1,14 @@
 """The quickstart's result: one row per model, as a table to read and a file to compute with."""
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from lightning_prune.whole_file import written_aside
 
 try:
     import resource
@@ -85,9 +86,8 @@ def write_results(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "recipe": dict(recipe),
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _peak_memory() -> int | None:

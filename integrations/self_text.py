@@ -12,7 +12,6 @@ Limits: models that predict the next token. The kept text is found again by a sa
 Shapes: N sequences, T tokens of each, B documents at a time.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 
 from lightning_prune.integrations.hf_open import predicts_next_token
 from lightning_prune.names import shorten
+from lightning_prune.whole_file import written_aside
 
 __all__ = ["cache_folder", "own_text"]
 
@@ -174,14 +174,11 @@ def _kept(path: Path, num_sequences: int, sequence_length: int) -> Tensor | None
 
 def _keep(path: Path, ids_NT: Tensor) -> None:
     content = {"ids": ids_NT.tolist(), "sha256": _sum(ids_NT.tolist())}
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(content), encoding="ascii")
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(content), encoding="ascii")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
         logger.warning("the text is not kept for the next time: %s", error)
 
 

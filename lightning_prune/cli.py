@@ -266,11 +266,11 @@ def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
+    out = options.out and importlib.import_module("lightning_prune.export.folder").check_file(options.out)
     loading = _adapter("hf_oneshot", "lightning-prune eval", "hf")
     harness = _adapter("lm_eval_harness", "lightning-prune eval", "eval")
-    model, tokenizer = loading.load_model(
-        options.model, device=options.device, trust_remote_code=options.trust_remote_code
-    )
+    is_trusted = options.trust_remote_code
+    model, tokenizer = loading.load_model(options.model, device=options.device, trust_remote_code=is_trusted)
     results = harness.evaluate_model(
         model,
         tokenizer,
@@ -280,10 +280,10 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
     )
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     rows = [(task, name, f"{value:.4f}") for task, values in results.items() for name, value in values.items()]
     _print_table([("task", "metric", "value"), *rows])
+    if out:
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

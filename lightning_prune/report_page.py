@@ -36,6 +36,7 @@ from lightning_prune.report_tables import (
     targets_table,
     versions_table,
 )
+from lightning_prune.whole_file import written_aside
 
 __all__ = ["check_requirements", "write_report"]
 
@@ -94,13 +95,8 @@ def _plain(value: object) -> object:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write aside, then rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_aside(path) as aside:
         aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _installed_versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ FLOORS: dict[str, float] = {
     "types": 0,
     "statistic": 0,
     "names": 0,
+    "whole_file": 0,
     "bounds": 0,
     "distributed": 0,
     "granularity": 1,

@@ -408,3 +408,12 @@ def test_a_field_that_a_lora_does_not_have_is_told_at_load(capsys: pytest.Captur
     arguments = ["--recipe", "recovery/mask_lora", "--recover.lora.config.rnk=4", "--print_config", "--", "x.py"]
     assert cli.main(["exec", *arguments]) == 2
     assert "unknown key 'recover.lora.config.rnk'; did you mean" in capsys.readouterr().err
+
+
+def test_results_cannot_go_where_a_folder_is_and_that_is_told_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", "--model", "no/model", "--tasks", "x", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} is a folder; name a file for the results, for example {tmp_path / 'results.json'}\n"
+    )

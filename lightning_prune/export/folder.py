@@ -24,9 +24,11 @@ __all__ = [
     "NOTE_VERSION",
     "PLAN_NAME",
     "FolderTakenError",
+    "check_file",
     "check_free",
     "check_writable",
     "new_folder",
+    "read_note",
     "write_errors",
     "write_note",
     "write_plan_note",
@@ -38,6 +40,7 @@ PLAN_NAME = "lightning_prune.json"
 
 _PROGRAM = uuid.uuid4().hex  # tells what this program wrote from what was there before
 _PROBE = bytes(4096)
+_DAMAGED = "{path} is damaged: {why}; take it from the folder that was exported first, or delete it"
 
 
 class FolderTakenError(ValueError):
@@ -109,6 +112,19 @@ def check_writable(folder: str | PathLike[str]) -> None:
         ) from error
 
 
+def check_file(name: str | PathLike[str]) -> Path:
+    """Check that results may be written to this file, and return it; its folder is made if it is not there.
+
+    Raises:
+        ValueError: if it is a folder, or cannot be written.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file for the results, for example {path / 'results.json'}")
+    check_writable(path.parent)
+    return path
+
+
 def _note_of(folder: Path) -> dict[str, Any]:
     """Return the note in an export of this library; empty if there is none that can be read."""
     for name in (NOTE_NAME, PLAN_NAME):
@@ -119,6 +135,27 @@ def _note_of(folder: Path) -> dict[str, Any]:
         if isinstance(note, dict):
             return note
     return {}
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """Return the `sparsity.json` beside a model; empty if there is none.
+
+    Raises:
+        ValueError: if it is damaged.
+        OSError: if it cannot be read now.
+    """
+    path = folder / NOTE_NAME
+    if not path.exists():
+        return {}
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_DAMAGED.format(path=path, why=str(error))) from error
+    for name, value in {"the whole": note, **(note if isinstance(note, dict) else {})}.items():
+        if name in ("the whole", "targets", "recipe") and not isinstance(value, dict):
+            why = f"{name} must be a mapping, got {type(value).__name__}"
+            raise ValueError(_DAMAGED.format(path=path, why=why))
+    return dict(note)
 
 
 def _same_recipe(written: object, recipe: Mapping[str, object]) -> bool:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lightning_prune.recovery.passages import Passages, memory_of
 from lightning_prune.recovery.token_loss import TopTargets
+from lightning_prune.whole_file import written_aside
 
 __all__ = ["CacheHeader", "LogitCache", "Passages"]
 
@@ -317,14 +318,16 @@ def _agree(path: Path, header: CacheHeader, rank: int) -> None:
     wanted = asdict(header)
     if not path.exists():
         part = path.with_name(f"header.{rank}.{os.getpid()}.part")
-        part.write_text(json.dumps(wanted), encoding="ascii")
         try:
+            part.write_text(json.dumps(wanted), encoding="ascii")
             os.link(part, path)  # of several runs that begin at once, the first wins and the others compare
         except FileExistsError:
             pass
-        except OSError:  # a file system without links
-            part.replace(path)
-        part.unlink(missing_ok=True)
+        except OSError:  # a file system without links; a full one says so again
+            with written_aside(path) as aside:
+                aside.write_text(json.dumps(wanted), encoding="ascii")
+        finally:
+            part.unlink(missing_ok=True)
     try:
         found = json.loads(path.read_text(encoding="ascii"))
     except ValueError:

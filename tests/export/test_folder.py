@@ -9,6 +9,7 @@ import pytest
 from lightning_prune.export import folder as folders
 from lightning_prune.export.folder import (
     FolderTakenError,
+    check_file,
     check_free,
     check_writable,
     new_folder,
@@ -198,3 +199,13 @@ def test_a_folder_is_probed_by_writing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="No space left on device; name a folder on a disk that can be written"):
         check_writable(tmp_path / "deep")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
+
+
+def test_a_file_for_results_can_be_written_or_is_refused(tmp_path: Path) -> None:
+    assert check_file(tmp_path / "new" / "results.json") == tmp_path / "new" / "results.json"
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(ValueError, match=r"new is a folder; name a file for the results, for example .*results\.json"):
+        check_file(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write into the folder"):
+        check_file(tmp_path / "file" / "results.json")

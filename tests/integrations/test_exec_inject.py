@@ -299,11 +299,24 @@ def test_marker_is_removed(tmp_path: Path, recipe: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("command", "message"), [([], "needs a command"), (["no-such-program", "x"], "no-such-program")]
+    ("command", "message"),
+    [
+        ([], "needs a command"),
+        (["no-such-program", "x"], "no-such-program"),
+        (["missing/train.py", "x"], r"there is no script missing/train\.py; name the file from the current folder"),
+        (["-m"], "needs a module after -m"),
+        (["-m", "no_such_package.train"], r"there is no module 'no_such_package' for -m no_such_package\.train"),
+    ],
 )
 def test_command_that_cannot_run_is_refused(recipe: str, command: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, ModuleNotFoundError), match=message):
         run_exec(recipe, command)
+
+
+def test_a_module_in_the_current_folder_runs(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "own_program.py", "raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert run_exec(recipe, ["-m", "own_program"]) == 9
 
 
 # Arguments of a Trainer

@@ -67,6 +67,38 @@ def test_another_form_carries_the_note_along(tmp_path: Path) -> None:
     assert len(note["targets"]) == 2 * 3
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("sparsity.json", b"{", r"sparsity\.json is damaged: Expecting property name"),
+        ("sparsity.json", b"\xff\xfe", r"sparsity\.json is damaged: .*; take it from the folder .*, or delete it"),
+        ("sparsity.json", b"[1]", r"sparsity\.json is damaged: the whole must be a mapping, got list"),
+        ("sparsity.json", b'{"targets": 3}', r"sparsity\.json is damaged: targets must be a mapping, got int"),
+        ("sparsity.json", b'{"targets": {}, "recipe": 7}', r"sparsity\.json is damaged: recipe must be a mapping"),
+        ("sparsity.json", b'{"targets": {"x": 1}}', r"sparsity\.json is not of this model: target pattern 'x'"),
+        ("lightning_prune.json", b"[]", r"lightning_prune\.json holds no plan"),
+    ],
+)
+def test_a_damaged_note_is_told_and_nothing_is_written(file: str, content: bytes, message: str, tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / file).write_bytes(content)
+    for form in ("dense", "huggingface"):
+        with pytest.raises(ValueError, match=message):
+            export_model(str(folder), str(tmp_path / "out"), form=form)
+    assert (folder / file).read_bytes() == content
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["report.dir", "out"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_opened(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wrong = str(tmp_path / "file" / "inside")
+    overrides = [f"report.dir={wrong}"] if place == "report.dir" else []
+    out = wrong if place == "out" else str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"cannot write into the folder .*file: Not a directory|.*inside: Not a dir"):
+        run_oneshot("oneshot/magnitude_half", model="no/model", out=out, overrides=overrides)
+
+
 @pytest.mark.parametrize("name", ["./missing", "/missing/model"])
 def test_missing_folders_are_not_taken_for_hub_ids(name: str) -> None:
     with pytest.raises(ValueError, match="there is no model folder"):

@@ -187,3 +187,31 @@ def test_wrong_input_is_one_line_and_code_2(
     assert message in errors[0]
     assert "Traceback" not in captured.err
     assert not Path("saved").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_told_before_anything_is_built(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": {"net.0.weight": torch.rand(400)}}, "whole.ckpt")
+    whole = Path("whole.ckpt").read_bytes()
+    torch.save({"a": 1}, "foreign.ckpt")
+    torch.save([1], "list.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"path": Path("x")}}, "objects.ckpt")
+    written = {"cut.ckpt": whole[: len(whole) // 2], "empty.ckpt": b"", "noise.ckpt": bytes(range(256)) * 8}
+    for name, content in written.items():
+        Path(name).write_bytes(content)
+    said = {
+        "cut.ckpt": "cannot read the checkpoint cut.ckpt: it is truncated or damaged; use an earlier one",
+        "empty.ckpt": "cannot read the checkpoint empty.ckpt",
+        "noise.ckpt": "cannot read the checkpoint noise.ckpt",
+        "foreign.ckpt": "foreign.ckpt is no checkpoint of a Lightning training (it lacks pytorch-lightning_version)",
+        "list.ckpt": "list.ckpt is no checkpoint of a Lightning training",
+        "objects.ckpt": "opening it could run code",
+    }
+    before = sorted(path.name for path in workplace.iterdir())
+    for name, message in said.items():
+        assert cli.main(["run", "--config", "job.yaml", "--ckpt_path", name]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1, error
+    assert sorted(path.name for path in workplace.iterdir()) == before

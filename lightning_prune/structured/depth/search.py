@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lightning_prune import distributed
 from lightning_prune.structured.groups import check_seal, sealed
+from lightning_prune.whole_file import written_aside
 
 __all__ = ["Candidate", "Removal", "Step", "Stop", "fingerprint_batches", "fingerprint_model", "greedy_search"]
 
@@ -181,15 +182,9 @@ class _State:
         self.scores[key] = value
         if self.path is not None and distributed.is_first_rank():
             values = {"format": _STATE_FORMAT, "fingerprint": self.fingerprint, "scores": self.scores}
-            _write_aside(self.path, sealed(values))
+            with written_aside(self.path) as aside:
+                aside.write_text(json.dumps(sealed(values), indent=1), encoding="utf-8")
         return value
-
-
-def _write_aside(path: Path, values: Mapping[str, object]) -> None:
-    """Replace a file in one step, so that a reader never finds half of it."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    os.replace(aside, path)
 
 
 @contextmanager
