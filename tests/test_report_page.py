@@ -208,7 +208,7 @@ def test_rewriting_shows_the_new_state_and_leaves_nothing_aside(tmp_path):
 def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     write(tmp_path)
     old = (tmp_path / "index.html").read_bytes()
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, notes=["new"])
     assert (tmp_path / "index.html").read_bytes() == old

@@ -251,12 +251,20 @@ def test_trl_trains_on_the_divergence_and_evaluates_the_cross_entropy(tmp_path: 
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
     before = trainer.evaluate()["eval_loss"]
-    trainer.compute_loss_func = distiller.loss
+    untrained = copy.deepcopy(model)
+    calls: list[dict[str, Any]] = []
+    batches: list[dict[str, Any]] = []
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        if model.training:
+            batches.append(calls[-1] | {"labels": labels})
+        return distiller.loss(outputs, labels, num_items_in_batch)
+
+    trainer.compute_loss_func = loss
     distiller.attach(model, replace_loss=False)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
     assert runs == []
-    untrained, batches = copy.deepcopy(model), []
-    seen = model.register_forward_pre_hook(lambda _, args, given: batches.append(given), with_kwargs=True)
+    seen = model.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
     trainer.train()
     seen.remove()
     assert len(runs) == 6 * ACCUMULATE  # the second forward pass of the trainer, for its metrics, asks no teacher

@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_opened(plac
     wrong = str(tmp_path / "file" / "inside")
     overrides = [f"report.dir={wrong}"] if place == "report.dir" else []
     out = wrong if place == "out" else str(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"cannot write into the folder .*file: Not a directory|.*inside: Not a dir"):
+    with pytest.raises(ValueError, match=r"cannot write into the folder .*/file"):
         run_oneshot("oneshot/magnitude_half", model="no/model", out=out, overrides=overrides)
 
 
