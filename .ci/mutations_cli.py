@@ -176,7 +176,7 @@ MUTATIONS = (
     Mutation(
         "a folder for a report that cannot be written is told before the model is opened",
         "integrations/hf_oneshot.py",
-        "        check_writable(recipe.report.dir)",
+        "        check_writable(report)",
         "        pass",
         "tests/integrations/test_hf_oneshot.py -k cannot_be_written",
     ),

@@ -63,10 +63,7 @@ def run_oneshot(
         ValueError: if an input is wrong; nothing has been written then.
     """
     recipe = Recipe.load(config, overrides=overrides)
-    folder = check_free(out)
-    check_writable(folder if folder.is_dir() else folder.parent)
-    if recipe.report.dir is not None:
-        check_writable(recipe.report.dir)
+    _check_folders(out, recipe.report.dir)
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
     needs_text = _needs_text(run)
@@ -83,6 +80,14 @@ def run_oneshot(
     passages.tell(before, passages.loss(network, title="loss after"))
     logger.info("sparsity %.4f of %d targets; written to %s", report.sparsity, len(report.targets), out)
     return report
+
+
+def _check_folders(out: str, report: str | None) -> None:
+    """Refuse folders that cannot be written, before anything is opened."""
+    folder = check_free(out)
+    check_writable(folder if folder.is_dir() else folder.parent)
+    if report is not None:
+        check_writable(report)
 
 
 def _needs_text(run: PruningRun) -> bool:
