@@ -59,12 +59,14 @@ class PruningCallback(TrainerCallback, ExportableState):
         trainer, _ = calling_trainer()
         watch(trainer, _let_go, _check_again)
         check_beside(self.run, [other.run for other in _callbacks(trainer) if other is not self])
-        if self.run.recovery is not None:
+        if self.run.condition is not None:
+            self.run.condition.watch_transformers(trainer)
+        if self.run.recovery is not None or self.run.condition is not None:
             model = self.run.prepare(trainer.model)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
             _recompute_with_gradients(trainer)
-            if self.run.recovery.options.learning_rate is not None:
-                take_over_transformers(trainer, self.run.recovery.options.learning_rate)
+        if self.run.recovery is not None and self.run.recovery.options.learning_rate is not None:
+            take_over_transformers(trainer, self.run.recovery.options.learning_rate)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +97,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             tokenizer=kwargs.get("processing_class"),
             log=lambda metrics: _log(trainer, metrics),
             eval_batches=None if trainer.eval_dataset is None else lambda: _eval_batches(trainer),
+            train_batches=lambda: map(dict, trainer.get_train_dataloader()),
             takes_loss=lambda loss: _take_loss(trainer, loss),
             saves_whole=False,
             spare=args.output_dir,

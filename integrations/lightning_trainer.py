@@ -71,11 +71,13 @@ class PruningCallback(Callback):
         checkpoints = [callback for callback in others if callback in trainer.checkpoint_callbacks]
         rest = [callback for callback in others if callback not in checkpoints]
         trainer.callbacks = [*rest, self, *checkpoints]  # type: ignore[attr-defined]
-        if self.run.recovery is not None:
+        if self.run.recovery is not None or self.run.condition is not None:
             self.run.prepare(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the recipe's learning rate in the place of the module's, before a checkpoint is restored."""
+        """Change what the recipe says of learning rates, before a checkpoint is restored."""
+        if self.run.condition is not None:
+            self.run.condition.take_in(trainer.optimizers, [one.scheduler for one in trainer.lr_scheduler_configs])
         options = None if self.run.recovery is None else self.run.recovery.options.learning_rate
         if options is not None:
             take_over_lightning(trainer, options, total_steps=total_steps(trainer, self.total_steps))
@@ -92,6 +94,7 @@ class PruningCallback(Callback):
             tokenizer=_tokenizer(trainer, pl_module),
             log=lambda metrics: _log(trainer, metrics),
             eval_batches=_eval_batches(trainer, pl_module),
+            train_batches=_train_batches(trainer, pl_module),
         )
         self._is_begun, self._module = True, weakref.ref(pl_module)
         self._renewed_at, self._num_masked = dict(trainer.callback_metrics), -1
@@ -261,6 +264,17 @@ def _eval_batches(trainer: Trainer, module: LightningModule) -> Callable[[], Ite
     def batches() -> Iterator[Any]:
         loaders = source.dataloader()
         loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        for batch in copy.copy(loader) if hasattr(loader, "state_dict") else loader:
+            yield module.transfer_batch_to_device(batch, module.device, 0)
+
+    return batches
+
+
+def _train_batches(trainer: Trainer, module: LightningModule) -> Callable[[], Iterator[Any]]:
+    """Return what gives the training batches anew, and leaves the trainer's own reader where it stands."""
+
+    def batches() -> Iterator[Any]:
+        loader = trainer.fit_loop._data_source.dataloader()
         for batch in copy.copy(loader) if hasattr(loader, "state_dict") else loader:
             yield module.transfer_batch_to_device(batch, module.device, 0)
 

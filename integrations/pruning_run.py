@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed, report_page
 from lightning_prune.export.folder import check_writable, write_errors
-from lightning_prune.granularity import Channel
+from lightning_prune.integrations.instruction.condition_run import ConditionRun
 from lightning_prune.integrations.language_model import check_answers_tasks, language_model
-from lightning_prune.integrations.recovery_run import Batches, RecoveryRun
+from lightning_prune.integrations.recovery_run import Batches, RecoveryRun, whole_copy
 from lightning_prune.integrations.run_export import RunExport
 from lightning_prune.recipe import Recipe
-from lightning_prune.structured.cut_zeros import check_masks_cut_units
-from lightning_prune.targets import clean_name
 from lightning_prune.types import Report
 
 __all__ = ["PruningRun"]
@@ -32,11 +30,6 @@ _SPARE = "lightning_prune_export"  # in the trainer's folder
 
 def _log_nothing(metrics: dict[str, float]) -> None:
     """Stand in for a trainer's log where there is no trainer."""
-
-
-def _whole_copy(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the weights on the CPU, under the names of targets."""
-    return {clean_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in model.named_parameters()}
 
 
 class PruningRun:
@@ -54,7 +47,8 @@ class PruningRun:
         self.recipe = Recipe.load(recipe)
         self.sparsifier = self.recipe.sparsifier()
         self.recovery = None if self.recipe.recover is None else RecoveryRun(self.recipe, self.sparsifier)
-        self.export = RunExport(self.recipe, self.recovery)
+        self.condition = None if self.recipe.condition is None else ConditionRun(self.recipe.condition)
+        self.export = RunExport(self.recipe, self.recovery, self.condition)
         self.evaluations: list[dict[str, Any]] = []
         self.broken: tuple[str, ...] = ()  # in what the model and the files are not as promised, known at the end
         self.last_step = 0  # of the schedule in this training
@@ -76,18 +70,20 @@ class PruningRun:
         return importlib.import_module("lightning_prune.integrations.lm_eval_harness")
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """Change what is trained where the recipe recovers by training less of it, before optimizers are made.
+        """Change what is trained where the recipe conditions it, or trains less of it, before optimizers are made.
 
         Returns:
             what the trainer is to train; the same module where it can stay.
         """
+        if self.condition is not None:
+            self.condition.prepare(module)
         if self.recovery is None:
             return module
         if (before := self.recovery.prepared) is not None and self.recovery.has_prepared(module):
             return before
         if before is not None:
             self.recovery = self.export.recovery = RecoveryRun(self.recipe, self.sparsifier)
-        self._check_shrink(module)
+        self.export.check_units(module, is_restoring=self.sparsifier.is_restoring)
         return self.recovery.prepare(module)
 
     def start(
@@ -99,6 +95,7 @@ class PruningRun:
         tokenizer: Any,
         log: Log,
         eval_batches: Batches | None = None,
+        train_batches: Batches | None = None,
         takes_loss: Callable[[Any], float] | None = None,
         saves_whole: bool = True,
         spare: str | Path | None = None,
@@ -112,6 +109,7 @@ class PruningRun:
             tokenizer: of the language model in it, or None; needed for evaluation.
             log: sends metrics to the trainer's logger.
             eval_batches: gives the trainer's evaluation data anew at each call; None if it has none.
+            train_batches: the same of its training data.
             takes_loss: see `RecoveryRun.start`.
             saves_whole: whether the trainer's checkpoints hold the weights below adapters.
             spare: a folder of the trainer's, for an export that cannot be written where it should go.
@@ -119,13 +117,16 @@ class PruningRun:
         self._model, self._tokenizer, self._log = model, tokenizer, log
         self._num_logged, self._last_evaluated = -1, -1
         self._notes, self.broken, self._spare = [], (), spare
-        self._check_shrink(model)
+        self.export.check_units(model, is_restoring=self.sparsifier.is_restoring)
         self._check_language_model(model)
         self._check_folders(model, saves_whole=saves_whole)
         self.last_step = self.sparsifier.schedule.resolve(total_steps)[1]
         is_new = not self.sparsifier.is_restoring
         if self.recovery is not None:
             self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
+        if self.condition is not None:
+            about = {"train_batches": train_batches, "tokenizer": tokenizer}
+            self.condition.start(model, total_steps=total_steps, is_new=is_new, **about)
         if is_new:
             self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)
@@ -152,11 +153,11 @@ class PruningRun:
         """
         self._model, self._tokenizer = model, tokenizer
         self._notes, self.broken = [], ()
-        self._check_shrink(model)
+        self.export.check_units(model, is_restoring=self.sparsifier.is_restoring)
         self._check_language_model(model)
         self._check_folders(model, saves_whole=True)
         self._evaluate_dense(model)
-        dense = {} if self.recovery is None else _whole_copy(model if parent is None else parent)
+        dense = {} if self.recovery is None else whole_copy(model if parent is None else parent)
         self.sparsifier.prune_once(model, batches)
         if self.recovery is not None:
             self._measure_pruned()
@@ -215,21 +216,12 @@ class PruningRun:
         if self.recipe.report.dir is not None and distributed.is_first_rank():
             check_writable(self.recipe.report.dir)
 
-    def _check_shrink(self, model: nn.Module) -> None:
-        """Check that the masks of this recipe can end in a smaller model."""
-        is_checked = self.recovery is not None and self.recovery.is_prepared
-        if self.recipe.shrink is None or self.sparsifier.is_restoring or is_checked:
-            return
-        found, prune = language_model(model), self.recipe.masking()
-        if found is None:
-            raise ValueError("shrink.zeros cuts a Hugging Face model, and none was found in this training")
-        assert isinstance(prune.granularity, Channel)
-        check_masks_cut_units(found, prune.targets.resolve(model), prune.granularity.width)
-
     def after_step(self) -> None:
         """Log and evaluate what an optimizer step has made due; collective."""
         if self.recovery is not None:
             self.recovery.after_step()
+        if self.condition is not None:
+            self.condition.after_step(self.sparsifier.step, self._log)
         self._log_report()
         self._measure_pruned()
         options = self.recipe.evaluate
@@ -241,7 +233,9 @@ class PruningRun:
     def observe(self, metrics: Mapping[str, object]) -> None:
         """Take in what the trainer has logged, for the guard and the report; collective."""
         self.sparsifier.observe({name: value for name, value in metrics.items() if not name.startswith("prune/")})
-        terms = {} if self.recovery is None else self.recovery.metrics()
+        terms: dict[str, float] = {}
+        for part in (self.recovery, self.condition):
+            terms |= {} if part is None else part.metrics()
         if terms:
             self._log({f"prune/{name}": value for name, value in terms.items()})
         self._log_report()
@@ -312,8 +306,9 @@ class PruningRun:
             whether there was anything to let go of.
         """
         was_training = self.sparsifier.is_attached
-        if self.recovery is not None:
-            self.recovery.stop()
+        for part in (self.recovery, self.condition):
+            if part is not None:
+                part.stop()
         if was_training:
             self.sparsifier.detach(has_failed=True)
             self.broken = ("the training was interrupted", *self.sparsifier.broken)
@@ -386,7 +381,8 @@ class PruningRun:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as plain values and tensors; collective."""
         state = {"sparsifier": self.sparsifier.state_dict(), "evaluations": self.evaluations}
-        return state if self.recovery is None else state | {"recovery": self.recovery.state_dict()}
+        parts = {"recovery": self.recovery, "condition": self.condition}
+        return state | {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved state; it is put in force by the next `start`.
@@ -398,3 +394,5 @@ class PruningRun:
         self.evaluations = list(state["evaluations"])
         if self.recovery is not None:
             self.recovery.load_state_dict(state["recovery"])
+        if self.condition is not None:
+            self.condition.load_state_dict(state["condition"])

@@ -28,10 +28,10 @@ from lightning_prune.recovery.reconstruct import ReconstructionReport, reconstru
 from lightning_prune.recovery.retrain import Trainable, choose_trainable, count_trainable
 from lightning_prune.recovery.teacher import self_teacher
 from lightning_prune.sparsifier import Sparsifier
-from lightning_prune.targets import Targets
+from lightning_prune.targets import Targets, clean_name
 from lightning_prune.types import Report
 
-__all__ = ["RecoveryRun"]
+__all__ = ["RecoveryRun", "whole_copy"]
 
 logger = logging.getLogger(__name__)
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -331,6 +331,11 @@ class RecoveryRun:
         """Go on counting from a saved state."""
         self._num_tokens, self._seconds = int(state["num_tokens"]), float(state["seconds"])
         self.moments = {moment: Measurement.from_dict(saved) for moment, saved in state["moments"].items()}
+
+
+def whole_copy(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the weights on the CPU, under the names of targets."""
+    return {clean_name(name): tensor.detach().to("cpu", copy=True) for name, tensor in model.named_parameters()}
 
 
 def _inner(model: nn.Module) -> nn.Module:

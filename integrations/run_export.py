@@ -20,11 +20,13 @@ from lightning_prune.export.folder import check_free, check_writable
 from lightning_prune.export.huggingface import check_form, export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note
 from lightning_prune.export.read_back import zeros_lost
+from lightning_prune.granularity import Channel
+from lightning_prune.integrations.instruction.condition_run import ConditionRun
 from lightning_prune.integrations.language_model import language_model
 from lightning_prune.integrations.recovery_run import RecoveryRun
 from lightning_prune.recipe import Export, Recipe
 from lightning_prune.schedules import Existing
-from lightning_prune.structured.cut_zeros import cut_zeros
+from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
 from lightning_prune.types import Report
 
 __all__ = ["RunExport"]
@@ -40,10 +42,11 @@ class RunExport:
     Args:
         recipe: its sections `export` and `shrink`.
         recovery: what was made of its section `recover`, or None.
+        condition: the same of its section `condition`.
     """
 
-    def __init__(self, recipe: Recipe, recovery: RecoveryRun | None) -> None:
-        self.recipe, self.recovery = recipe, recovery
+    def __init__(self, recipe: Recipe, recovery: RecoveryRun | None, condition: ConditionRun | None = None) -> None:
+        self.recipe, self.recovery, self.condition = recipe, recovery, condition
         self.options: Export | None = recipe.export if recipe.export is not None and recipe.export.dir else None
         self.notes: list[str] = []
 
@@ -55,7 +58,7 @@ class RunExport:
     def moved(self, folder: Path) -> "RunExport":
         """Return the same export into another folder."""
         assert self.options is not None
-        moved = RunExport(self.recipe, self.recovery)
+        moved = RunExport(self.recipe, self.recovery, self.condition)
         moved.options, moved.notes = dataclasses.replace(self.options, dir=str(folder)), self.notes
         return moved
 
@@ -85,6 +88,21 @@ class RunExport:
             merges = self._has_lora or self._keeps_apart(found)
             check_form(model if found is None else found, merges=merges)
         self._check_folder(self.options.dir, next(model.parameters()).device)
+
+    def check_units(self, model: nn.Module, *, is_restoring: bool) -> None:
+        """Check, in a new training and before adapters are there, that its masks can end in a smaller model.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        is_checked = self.recovery is not None and self.recovery.is_prepared
+        if self.recipe.shrink is None or is_restoring or is_checked:
+            return
+        found, prune = language_model(model), self.recipe.masking()
+        if found is None:
+            raise ValueError("shrink.zeros cuts a Hugging Face model, and none was found in this training")
+        assert isinstance(prune.granularity, Channel)
+        check_masks_cut_units(found, prune.targets.resolve(model), prune.granularity.width)
 
     def _check_folder(self, folder: str, device: torch.device) -> None:
         """Check on one rank, and fail on all: the others know nothing of what this program has written."""
@@ -156,6 +174,9 @@ class RunExport:
         if not distributed.is_first_rank():
             return None
         common: dict[str, Any] = {"recipe": self.recipe.as_dict(), "overwrite": options.overwrite}
+        if self.condition is not None:
+            self.condition.export(exported, options.dir, state=state, tokenizer=tokenizer, **common)
+            return None
         if options.format == "adapter" and self.recovery is not None:
             self.recovery.export_adapter(exported, options.dir, state=state, tokenizer=tokenizer, **common)
             return None

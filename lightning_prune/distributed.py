@@ -5,6 +5,7 @@ not one of these is refused by name.
 """
 
 import logging
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -251,6 +252,37 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+@torch.no_grad()
+def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put whole tensors into a module, whatever its sharding; the other way of `whole_state_dict`.
+
+    Raises:
+        ValueError: if the names or shapes are others.
+    """
+    own = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    if shapes != wanted:
+        differing = sorted(dict.fromkeys([*(shapes.items() ^ wanted.items())]))[0]
+        raise ValueError(f"the saved tensors are not those of this module: {differing[0]} has shape {differing[1]}")
+    for name, tensor in own.items():
+        local(tensor.detach()).copy_(shard(state[name].to(tensor.device), tensor))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in the order of their ranks; they may hold different numbers of them."""
+    if not is_active():
+        return rows
+    nums = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=rows.device)
+    nums[dist.get_rank()] = len(rows)
+    dist.all_reduce(nums)
+    padded = rows.new_zeros(int(nums.max()), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:num] for part, num in zip(parts, nums.tolist(), strict=True)])
 
 
 def rebuild(wrapper: nn.Module) -> None:

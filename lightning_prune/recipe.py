@@ -1,7 +1,8 @@
 """Read, check and write recipes: YAML on one side, typed objects on the other.
 
-A recipe states one job. The sections `prune`, `shrink`, `recover`, `evaluate`, `export`, `report` and `seed` are the
-library's own; `trainer`, `model` and `data` belong to `lightning-prune run` and are kept as they were written.
+A recipe states one job. The sections `prune`, `condition`, `shrink`, `recover`, `evaluate`, `export`, `report` and
+`seed` are the library's own; `trainer`, `model` and `data` belong to `lightning-prune run` and are kept as they were
+written.
 """
 
 import copy
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from lightning_prune import registry
+from lightning_prune.conditional.method import ConditionMethod
 from lightning_prune.granularity import Channel
 from lightning_prune.names import brief, shorten, unknown
 from lightning_prune.recipe_sections import Evaluate, Export, Lora, Prune, Recover, ReportOptions, Shrink
@@ -44,6 +46,7 @@ class Recipe:
     """
 
     prune: Prune | None = None
+    condition: ConditionMethod | None = None
     shrink: Shrink | None = None
     recover: Recover | None = None
     evaluate: Evaluate | None = None
@@ -61,12 +64,30 @@ class Recipe:
         form = None if self.export is None else self.export.format
         if form == "per_layer" and (self.shrink is None or self.shrink.method is None):
             raise ValueError("export.format per_layer is for blocks of different shapes; only shrink.method makes such")
-        if self.shrink is not None:
+        if self.condition is not None:
+            self._check_condition()
+        elif form == "conditional":
+            raise ValueError("export.format conditional writes what the section condition added; there is none")
+        elif self.shrink is not None:
             self._check_shrink(self.shrink)
         elif self.prune is None and self.recover is None:
-            raise ValueError("the section prune is missing; a recipe prunes, has shrink.method, or recovers")
+            raise ValueError(
+                "the section prune is missing; a recipe prunes, has shrink.method, has a condition, or recovers"
+            )
         if form == "adapter" and (self.recover is None or self.recover.lora is None):
             raise ValueError("export.format adapter writes LoRA adapters; only recover.lora makes such")
+
+    def _check_condition(self) -> None:
+        for name in ("prune", "shrink"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"condition lets the model choose its parts per input, and {name} takes parts away for good; use "
+                    f"two recipes, {name} first"
+                )
+        if self.export is not None and self.export.format != "conditional":
+            raise ValueError(
+                f"export.format {self.export.format} has no place for what condition adds to the model; use conditional"
+            )
 
     def _check_shrink(self, shrink: Shrink) -> None:
         if self.export is not None and self.export.format == "dense":
@@ -111,7 +132,7 @@ class Recipe:
             where = f"{where} with {shorten(' '.join(overrides), 100)}"
         try:
             recipe = cls(name=name, **_parse(content))
-            if recipe.prune is not None or recipe.recover is not None:
+            if recipe.shrink is None or recipe.shrink.method is None:
                 recipe.sparsifier()
         except ValueError as error:
             raise ValueError(f"{where}: {one_line(error)}") from error
@@ -133,12 +154,12 @@ class Recipe:
         return values
 
     def masking(self) -> Prune:
-        """Return the section `prune`; for a recipe that only recovers, one that holds the zeros there are.
+        """Return the section `prune`; without one, what holds the zeros there are.
 
         Raises:
             ValueError: if the recipe has none, because it shrinks a model at once.
         """
-        if self.prune is None and self.recover is not None:
+        if self.prune is None and (self.recover is not None or self.condition is not None):
             return Prune(schedule=Existing(allow_dense=True))
         if self.prune is None:
             raise ValueError(

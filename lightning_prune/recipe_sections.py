@@ -138,11 +138,12 @@ class Export:
     """The form the pruned model is written in, and the folder; without a folder the program that runs decides.
 
     `per_layer` is a Hugging Face folder whose blocks may differ in shape; only `shrink.method` makes such models.
-    `adapter` is a folder of PEFT with the adapters of `recover.lora` alone; the other forms merge them. `overwrite`
-    replaces an earlier export in that folder, and nothing else.
+    `adapter` is a folder of PEFT with the adapters of `recover.lora` alone; the other forms merge them. `conditional`
+    is a Hugging Face folder with what `condition` added beside the model. `overwrite` replaces an earlier export in
+    that folder, and nothing else.
     """
 
-    format: Literal["dense", "huggingface", "per_layer", "adapter"] = "dense"
+    format: Literal["dense", "huggingface", "per_layer", "adapter", "conditional"] = "dense"
     dir: str | None = None
     overwrite: bool = False
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,13 @@ class Instruction(ConditionMethod):
         return InstructionCondition(self, model, predictor)
 
 
+class _Seen(NamedTuple):
+    """What the predictor made of one call: features (B, D), and scores (B, U) of each group."""
+
+    features: Tensor
+    scores: list[Tensor]
+
+
 class InstructionCondition(Condition):
     """A predictor at work in a model, whose `forward` then runs under the masks of its own instruction."""
 
@@ -160,7 +167,7 @@ class InstructionCondition(Condition):
         self._step = 0
         self._fixed: list[Tensor] | None = None
         self._is_whole = False
-        self._measured: Conditioning | None = None
+        self._seen: list[_Seen] | None = None  # what calls predicted, while somebody looks
         predictor.units.attach(model)
         self._forward = _Conditioned(self, model.forward)
         model.forward = self._forward
@@ -178,6 +185,10 @@ class InstructionCondition(Condition):
         """Count one optimizer step."""
         self._step += 1
         self.predictor.num_steps.fill_(self._step)
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Tell an encoder that reads other tokens what the model's mean; see `InstructionEncoder.use_tokenizer`."""
+        self.predictor.encoder.use_tokenizer(tokenizer)
 
     @property
     def step(self) -> int:
@@ -213,13 +224,6 @@ class InstructionCondition(Condition):
 
     def prompt(self, batch: Mapping[str, Any]) -> Prompt:
         """Return what the predictor reads of the arguments of a call."""
-        if isinstance(ids := batch.get("instruction_ids"), Tensor):
-            return Prompt(ids, batch["instruction_attention"].bool(), batch.get("labels"))
-        if self.options.predictor.encoder.tokenizer is not None:
-            raise ValueError(
-                "the predictor has a tokenizer of its own, and this batch has no instruction_ids of it; use its "
-                "collator (PruningCallback does), or an encoder with the model's tokenizer"
-            )
         return self.options.reads.find(batch, is_training=self.model.training)
 
     def masks_of(self, prompt: Prompt, keep: Sequence[int] | None = None) -> list[Tensor]:
@@ -236,58 +240,59 @@ class InstructionCondition(Condition):
         return 0 if self.options.start is None else self.options.start.num_sequences
 
     @torch.no_grad()
-    def warm_start(self, batches: Iterable[Mapping[str, Any]], labels_of_tasks: Tensor | None = None) -> None:
-        """Start from what matters to the instructions of some batches; see `unit_importance`.
+    def warm_start(self, batches: Iterable[Mapping[str, Any]], task_of_sequence: Tensor | None = None) -> None:
+        """Start from what matters to the instructions of some batches; see `unit_importance`. Collective.
 
         Args:
             batches: calls of the model, of the training data.
-            labels_of_tasks: to which task each sequence belongs; clusters of instructions are made without it.
+            task_of_sequence: to which task each sequence belongs, (B,); clusters of instructions are made without it.
         """
         options = self.options.start
         assert options is not None
         counter = UnitImportance(self.model, self.predictor.units.groups)
-        features: list[Tensor] = []
         importance: list[list[Tensor]] = []
-        with evaluating(self.model), self.whole():
+        with evaluating(self.model), self.whole(), self._looking() as seen:
             for batch in batches:
-                prompt = self.prompt(batch)
                 there = batch.get("attention_mask")
-                there = torch.ones_like(batch["input_ids"]) if there is None else there
-                with counter.counting(there):
-                    self.model(**{name: value for name, value in batch.items() if not name.startswith("instruction")})
+                with counter.counting(torch.ones_like(batch["input_ids"]) if there is None else there):
+                    self.model(**batch)
                 importance.append(counter.importance())
-                features.append(self.predictor.encoder(prompt.ids, prompt.attention).float())
-        features_BD = torch.cat(features)
-        means = [torch.cat(parts) for parts in zip(*importance, strict=True)]
-        tasks = clusters(features_BD, options.num_clusters, seed=self.options.seed)
-        error = fit_head(
-            self.predictor.head,
-            features_BD,
-            means,
-            tasks if labels_of_tasks is None else labels_of_tasks.to(features_BD.device),
-            num_steps=options.num_steps,
-        )
+        features_BD = distributed.gather_rows(torch.cat([one.features.float() for one in seen]))
+        means = [distributed.gather_rows(torch.cat(parts)) for parts in zip(*importance, strict=True)]
+        if task_of_sequence is None:
+            task_B = clusters(features_BD, options.num_clusters, seed=self.options.seed)
+        else:
+            task_B = distributed.gather_rows(task_of_sequence.to(features_BD.device))
+        error = fit_head(self.predictor.head, features_BD, means, task_B, num_steps=options.num_steps)
         said = "the predictor starts from what matters to %d sequences in %d clusters (squared error %.3f after a fit)"
-        distributed.log(logger, logging.INFO, said, len(features_BD), len(tasks.unique()), error)
+        distributed.log(logger, logging.INFO, said, len(features_BD), len(task_B.unique()), error)
 
     @torch.no_grad()
     def measure(self, batch: Mapping[str, Any]) -> Conditioning:
-        """Measure, on the rows of a batch with labels, how much the masks depend on the instruction."""
+        """Measure, on the rows of a batch with labels, how much the masks depend on the instruction; collective."""
         with evaluating(self.model):
-            prompt = self.prompt(batch)
-            scores = self.predictor.scores(prompt.ids, prompt.attention)
-            masks = self.predictor.masks(scores)
+            with self._looking() as seen:
+                own = float(self.model(**batch).loss)
+            masks = self.predictor.masks(seen[0].scores)
             order = _apart(masks)
-            losses = []
-            for one in (masks, [mask[order] for mask in masks]):
-                with self.fixed(one):
-                    losses.append(float(self.model(**batch).loss))
-        self._measured = Conditioning.of(masks, scores, losses[1] - losses[0])
-        return self._measured
+            with self.fixed([mask[order] for mask in masks]):
+                swapped = float(self.model(**batch).loss)
+        return Conditioning.of(masks, seen[0].scores, swapped - own).mean_of_ranks(masks[0].device)
 
-    def metrics(self) -> dict[str, float]:
-        """Return what the guard measured last."""
-        return {} if self._measured is None else self._measured.metrics()
+    @contextmanager
+    def _looking(self) -> Iterator[list["_Seen"]]:
+        """Keep what the calls inside predict; only inside a call are the weights of a sharded model whole."""
+        seen: list[_Seen] = []
+        self._seen = seen
+        try:
+            yield seen
+        finally:
+            self._seen = None
+
+    def _look(self, prompt: Prompt) -> None:
+        if self._seen is not None:
+            features = self.predictor.encoder(prompt.ids, prompt.attention)
+            self._seen.append(_Seen(features, self.predictor.head(features)))
 
     def run(self, unconditioned: Callable[..., Any], batch: dict[str, Any]) -> Any:
         """Call the model under the masks of its instruction.
@@ -297,12 +302,15 @@ class InstructionCondition(Condition):
         """
         units = self.predictor.units
         if self._is_whole:
+            if self._seen is not None:
+                self._look(self.prompt(batch))
             with units.passing(None):
                 return unconditioned(**_without_instruction(batch))
         cache = batch.get("past_key_values")
         masks = self._fixed if self._fixed is not None else self._masks_in_cache(cache)
         if masks is None:
             prompt = self.prompt(batch)
+            self._look(prompt)
             masks = self.masks_of(prompt)
             if prompt.labels is not None:
                 batch["labels"] = prompt.labels

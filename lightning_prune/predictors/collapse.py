@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune import distributed
 from lightning_prune.bounds import at_least
 
 __all__ = ["CollapseGuard", "Conditioning", "overlap"]
@@ -55,6 +56,13 @@ class Conditioning:
         by_group = tuple(float(overlap(mask[first] > 0, mask[second] > 0).mean()) for mask in masks)
         spreads = [float(one.std(0).mean() / one.std(-1).mean().clamp(min=1e-9)) for one in scores] if num > 1 else [0]
         return cls(sum(by_group) / len(by_group), by_group, sum(spreads) / len(spreads), swap_cost)
+
+    def mean_of_ranks(self, device: torch.device) -> "Conditioning":
+        """Return the mean over all processes, which then decide alike; collective."""
+        numbers = [self.overlap, self.spread, self.swap_cost, *self.by_group, 1.0]
+        total = distributed.sum_everywhere(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+        shared, spread, cost, *by_group = (number / total[-1] for number in total[:-1])
+        return Conditioning(shared, tuple(by_group), spread, cost)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log."""

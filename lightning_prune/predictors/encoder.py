@@ -22,9 +22,16 @@ __all__ = ["Encoder", "Fresh", "InstructionEncoder", "OwnLayers", "last_token", 
 
 
 class InstructionEncoder(nn.Module, ABC):
-    """Turns token ids (B, T) and their attention mask (B, T) into vectors (B, D), D being `width`."""
+    """Turns the model's token ids (B, T) and their attention mask (B, T) into vectors (B, D), D being `width`."""
 
     width: int
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Take the model's tokenizer, for an encoder that reads tokens of its own.
+
+        Raises:
+            ValueError: if it needs one and there is none.
+        """
 
     @abstractmethod
     def forward(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
@@ -33,11 +40,6 @@ class InstructionEncoder(nn.Module, ABC):
 
 class Encoder(ABC):
     """Options of an instruction encoder; a frozen dataclass."""
-
-    @property
-    def tokenizer(self) -> str | None:
-        """Return the folder or id of a tokenizer of its own, or None for the model's."""
-        return None
 
     @abstractmethod
     def build(self, model: nn.Module) -> InstructionEncoder:

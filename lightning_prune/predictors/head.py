@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune import distributed
+
 __all__ = ["ScoreHead"]
 
 
@@ -33,7 +35,7 @@ class ScoreHead(nn.Module):
 
     def __init__(self, width: int, num_units: Sequence[int], *, hidden: int = 128, spread: float = 0.1) -> None:
         super().__init__()
-        self.num_units, self.spread = tuple(num_units), spread
+        self.num_units, self.spread, self._sizes = tuple(num_units), spread, (width, hidden)
         self.norm = nn.LayerNorm(width, dtype=torch.float32)
         self.inner = nn.Linear(width, hidden, dtype=torch.float32)
         self.outer = nn.Linear(hidden, sum(self.num_units), dtype=torch.float32)
@@ -49,6 +51,13 @@ class ScoreHead(nn.Module):
             hidden_BH = functional.gelu(self.inner(self.norm(features_BD.float())))
             scores_BN: Tensor = self.outer(hidden_BH)
         return list(scores_BN.split(self.num_units, dim=-1))
+
+    def whole(self) -> "ScoreHead":
+        """Return a copy with whole tensors, to be computed with outside of the model's own call; collective."""
+        twin = ScoreHead(self._sizes[0], self.num_units, hidden=self._sizes[1], spread=self.spread)
+        state = distributed.whole_state_dict(self)
+        twin.load_state_dict(state)
+        return twin.to(next(iter(state.values())).device)
 
     @torch.no_grad()
     def start_from(self, importance: Sequence[Tensor], features_BD: Tensor) -> None:

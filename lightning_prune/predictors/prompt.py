@@ -34,6 +34,10 @@ class Prompt:
     attention: Tensor
     labels: Tensor | None = None
 
+    def marks(self, length: int) -> Tensor:
+        """Return which of so many tokens of each row are read, (B, length) of int64."""
+        return torch.nn.functional.pad(self.attention.long(), (0, length - self.attention.shape[1]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:

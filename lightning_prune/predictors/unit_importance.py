@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune import distributed
 from lightning_prune.predictors.head import ScoreHead, standardised
 from lightning_prune.predictors.unit_masks import columns_of_units, reader_of
 from lightning_prune.structured.groups import Group
@@ -95,11 +96,11 @@ def clusters(features_BD: Tensor, num_clusters: int, *, seed: int, num_iteration
 def fit_head(
     head: ScoreHead, features_BD: Tensor, importance: Sequence[Tensor], cluster_B: Tensor, *, num_steps: int
 ) -> float:
-    """Start a head from importance, then fit it to what matters to each cluster, with Adam at 1e-3.
+    """Start a head from importance, then fit it to what matters to each cluster, with Adam at 1e-3; collective.
 
     Args:
-        head: changed.
-        features_BD: of the instructions, without gradient.
+        head: changed; sharded or not.
+        features_BD: of the instructions of all processes, without gradient.
         importance: of each group, (B, U).
         cluster_B: to which task or cluster each instruction belongs.
         num_steps: of the fit, over all instructions each.
@@ -107,19 +108,17 @@ def fit_head(
     Returns:
         the mean squared error of the standardised scores at the end.
     """
-    means = [
-        torch.stack([one[cluster_B == c].mean(0) for c in cluster_B.unique()]) for one in importance
-    ]  # one row per cluster
-    head.start_from([one.mean(0) for one in means], features_BD)
-    row_B = torch.unique(cluster_B, return_inverse=True)[1]
+    names, row_B = torch.unique(cluster_B, return_inverse=True)
+    means = [torch.stack([one[row_B == row].mean(0) for row in range(len(names))]) for one in importance]
+    fitted = head.whole()
+    fitted.start_from([one.mean(0) for one in means], features_BD)
     wanted_BN = torch.cat([standardised(one) for one in means], dim=-1)[row_B]
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
-    error = torch.zeros(())
+    optimizer = torch.optim.Adam(fitted.parameters(), lr=1e-3)
     with torch.enable_grad():
         for _ in range(num_steps):
             optimizer.zero_grad()
-            error = (torch.cat(head(features_BD), dim=-1) - wanted_BN).square().mean()
-            error.backward()
+            (torch.cat(fitted(features_BD), dim=-1) - wanted_BN).square().mean().backward()
             optimizer.step()
-    optimizer.zero_grad()
-    return float(error.detach())
+    distributed.load_whole(head, fitted.state_dict())
+    with torch.no_grad():
+        return float((torch.cat(fitted(features_BD), dim=-1) - wanted_BN).square().mean())

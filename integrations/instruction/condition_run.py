@@ -1,0 +1,302 @@
+"""What a recipe's section `condition` does around a training, in any trainer.
+
+`prepare` puts the method into the model before its optimizers are made, `take_in` gives what it added a learning rate
+in the user's optimizer, `start` begins it, `finish` leaves it at work in the model, to be saved and served. The
+adapters call it at their trainer's moments; it knows no trainer.
+"""
+
+import importlib
+import inspect
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune import distributed
+from lightning_prune.conditional.instruction import Instruction, InstructionCondition
+from lightning_prune.conditional.method import Condition, ConditionMethod
+from lightning_prune.hooks import unwrap_optimizer
+from lightning_prune.integrations.instruction.marking import MarkingCollator
+from lightning_prune.integrations.instruction.rates import take_in
+from lightning_prune.integrations.language_model import language_model
+from lightning_prune.structured.discovery.blueprint import Blueprint
+from lightning_prune.structured.discovery.stack import candidate_stacks
+from lightning_prune.structured.structure import Stack
+
+__all__ = ["Batches", "ConditionRun", "base_model"]
+
+logger = logging.getLogger(__name__)
+Batches = Callable[[], Iterable[Any]]
+
+
+class ConditionRun:
+    """The section `condition` of one recipe at work in one training.
+
+    Args:
+        method: of the recipe.
+    """
+
+    def __init__(self, method: ConditionMethod) -> None:
+        self.method = method
+        self.condition: Condition | None = None
+        self._sample: dict[str, Tensor] | None = None  # that the guard measures with
+        self._loss: _AddedLoss | None = None
+        self._measured_at = -1
+        self._is_below_adapters = False
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Put the method into the model; once, also if a trainer asks again.
+
+        Raises:
+            ValueError: if there is no Hugging Face model, or it cannot hold the method.
+        """
+        found = language_model(module)
+        if found is None:
+            raise ValueError("the recipe conditions a Hugging Face model, and none was found in this training")
+        model = base_model(found)
+        self._is_below_adapters = model is not found
+        if self.condition is None:
+            self.condition = self.method.insert(model, _stack(model))
+            self._loss = _AddedLoss(self.condition, model)
+            num = sum(p.numel() for one in self.condition.added().values() for p in one.parameters())
+            said = "conditioning: %s in %s, %d parameters added"
+            distributed.log(logger, logging.INFO, said, type(self.method).__name__, type(model).__name__, num)
+        elif not _holds(module, self.condition):
+            raise ValueError("this callback has conditioned another model; give each Trainer a callback of its own")
+        return module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what was added to be trained."""
+        if self.condition is None:
+            return []
+        return [p for one in self.condition.added().values() for p in one.parameters() if p.requires_grad]
+
+    def start(
+        self, module: nn.Module, *, total_steps: int, is_new: bool, train_batches: Batches | None, tokenizer: Any
+    ) -> None:
+        """Begin: from importance in a new training, where a restored method stands in a resumed one.
+
+        Args:
+            module: what is trained, as the trainer has wrapped or sharded it.
+            total_steps: optimizer steps of the whole training.
+            is_new: whether no checkpoint was restored.
+            train_batches: gives the training data anew, without a trace in its order or the random state.
+            tokenizer: of the model, or None.
+
+        Raises:
+            ValueError: if `prepare` was not called before, or the data are no calls of the model.
+        """
+        if self.condition is None:
+            raise ValueError(
+                "a condition changes what is trained, which must happen before the trainer makes its optimizer: give "
+                "the callback to the Trainer's constructor"
+            )
+        self._measured_at = -1
+        self.condition.begin(total_steps=total_steps)
+        if not isinstance(self.condition, InstructionCondition):
+            return
+        self.condition.use_tokenizer(tokenizer)
+        wanted = self.condition.num_start_sequences if is_new else 0
+        guard = self.condition.options.guard
+        wanted = max(wanted, 0 if guard is None else guard.num_sequences)
+        if not wanted:
+            return
+        device = distributed.local(next(module.parameters()).detach()).device
+        with _unnoticed():
+            batches = list(_taken(train_batches, wanted, device))
+            self._sample = None if guard is None else _joined(batches, guard.num_sequences)
+            if is_new and self.condition.num_start_sequences:
+                self.condition.warm_start(batches)
+
+    def after_step(self, step: int, log: Callable[[dict[str, float]], None]) -> None:
+        """Count an optimizer step; now and then measure how much the masks depend on what is read; collective.
+
+        Raises:
+            ValueError: if they do not, and the recipe's guard stops the training.
+        """
+        condition = self.condition
+        if condition is None or step == self._measured_at:
+            return
+        self._measured_at = step
+        condition.after_step()
+        if self._loss is not None:
+            self._loss.check_added()
+        if not isinstance(condition, InstructionCondition) or condition.options.guard is None:
+            return
+        guard, sample = condition.options.guard, self._sample
+        if sample is None or step % guard.every or step < int(condition.predictor.ramp_steps):
+            return
+        found = condition.measure(sample)
+        log({f"prune/{name}": value for name, value in found.metrics().items()})
+        if guard.has_collapsed(found):
+            if guard.stops:
+                raise ValueError(guard.sentence(found))
+            distributed.log(logger, logging.WARNING, "%s", guard.sentence(found))
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged of the last training call."""
+        return {} if self.condition is None else self.condition.metrics()
+
+    def take_in(self, optimizers: Iterable[Optimizer], schedules: Iterable[Any]) -> None:
+        """Give what was added its learning rate; call it before a checkpoint is restored.
+
+        Raises:
+            ValueError: if no optimizer trains it.
+        """
+        take_in(optimizers, schedules, self.parameters(), rate=self.method.rate)
+
+    def watch_transformers(self, trainer: Any) -> None:
+        """Let a Hugging Face Trainer take in what was added where it makes its optimizer, and mark instructions.
+
+        The marks serve Trainers that take the labels away from the model, for a loss of their own.
+        """
+        make = trainer.create_optimizer
+
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            made = make(*args, **kwargs)
+            given = [] if trainer.lr_scheduler is None else [trainer.lr_scheduler]
+            self.take_in([unwrap_optimizer(trainer.optimizer)], given)
+            return made
+
+        trainer.create_optimizer = create_optimizer
+        if isinstance(self.method, Instruction):
+            trainer.data_collator = MarkingCollator(trainer.data_collator, self.method.reads)
+
+    def stop(self) -> None:
+        """Let go of the training; the method stays at work in the model."""
+        self._sample = None
+
+    def export(self, model: nn.Module, folder: str, **options: Any) -> None:
+        """Write the model and what was added into a new folder; options are those of `folder.save_conditional`."""
+        assert self.condition is not None
+        saving = importlib.import_module("lightning_prune.integrations.instruction.folder")
+        logger.info("exported: %s", saving.save_conditional(self.condition, folder, **options))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was added where the trainer's own checkpoints leave it out, as they do beside adapters."""
+        if self.condition is None or not self._is_below_adapters:
+            return {}
+        return {name: distributed.whole_state_dict(one) for name, one in self.condition.added().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what was saved.
+
+        Raises:
+            ValueError: if it is of another model or method.
+        """
+        added = self.condition.added() if self.condition is not None and self._is_below_adapters else {}
+        if added.keys() != state.keys():
+            raise ValueError(
+                f"the checkpoint holds {', '.join(state) or 'no condition'} and this training {', '.join(added)}; "
+                "resume with the recipe that it was saved with"
+            )
+        for name, one in added.items():
+            distributed.load_whole(one, state[name])
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model below adapters, or the model itself."""
+    below = getattr(model, "get_base_model", None)
+    return below() if callable(below) and getattr(model, "peft_config", None) else model
+
+
+def _stack(model: nn.Module) -> Stack:
+    try:
+        found = next(candidate_stacks(model, Blueprint(model)), None)
+    except ValueError as error:
+        raise ValueError(f"the blocks of {type(model).__name__} were not found: {error}") from error
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no list of blocks that its configuration counts")
+    return found
+
+
+def _holds(module: nn.Module, condition: Condition) -> bool:
+    inside = set(module.modules())
+    return all(one in inside for one in condition.added().values())
+
+
+def _taken(batches: Batches | None, num_sequences: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Yield training batches with so many sequences in all, as calls of the model."""
+    if batches is None:
+        raise ValueError(
+            "the predictor starts from training data, and this trainer gives none; set condition.start: null and "
+            "condition.guard: null"
+        )
+    num = 0
+    for batch in batches():
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise ValueError(
+                f"the predictor starts from training batches that are arguments of the model (input_ids, labels), and "
+                f"this training has {type(batch).__name__}; set condition.start: null and condition.guard: null, or "
+                "let the collator return mappings"
+            )
+        found = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        yield found
+        num += len(found["input_ids"])
+        if num >= num_sequences:
+            return
+
+
+def _joined(batches: list[dict[str, Tensor]], num_sequences: int) -> dict[str, Tensor]:
+    """Return rows of several batches as one, padded on the right to one length with what is left out."""
+    names = ("input_ids", "attention_mask", "labels")
+    filling = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in batches:
+        given = {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"], **batch}
+        for name in names:
+            more = length - given[name].shape[1]
+            parts[name].append(nn.functional.pad(given[name], (0, more), value=filling[name]))
+    every = max(1, sum(len(part) for part in parts["input_ids"]) // num_sequences)
+    return {name: torch.cat(part)[::every][:num_sequences] for name, part in parts.items()}
+
+
+class _AddedLoss:
+    """The forward of a model, with the term of a method added to the loss in its output."""
+
+    def __init__(self, condition: Condition, model: nn.Module) -> None:
+        self.condition, self.plain = condition, model.forward
+        self._was_added = False
+        if type(condition).loss is not Condition.loss:
+            self.__signature__ = inspect.signature(model.forward)
+            model.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.plain(*args, **kwargs)
+        term = self.condition.loss()
+        if term is not None and getattr(output, "loss", None) is not None:
+            output.loss = output.loss + term
+            self._was_added = True
+        return output
+
+    def check_added(self) -> None:
+        """Check, once a step was taken, that the loss had the term in it.
+
+        Raises:
+            ValueError: if the training takes a loss of its own.
+        """
+        if self.condition.loss() is not None and not self._was_added:
+            raise ValueError(
+                f"{type(self.condition).__name__} adds a term to the loss in the model's output, and this training "
+                "computes its loss by itself (label smoothing, a loss function, logits alone); train on the model's "
+                "own loss: pass labels"
+            )
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Put all random states back in the end, so that looking at data leaves no trace in the training."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
