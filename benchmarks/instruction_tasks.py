@@ -71,6 +71,11 @@ class InstructionTasks:
         rows = [self._row(task, self._train, rng, rng.randrange(3)) for task in rng.choices(TASKS, k=batch_size)]
         return collate(rows)
 
+    def of_task(self, task: str, seed: int, num: int) -> dict[str, Tensor]:
+        """Return training sequences of one task."""
+        rng = random.Random(f"{task} {seed}")
+        return collate([self._row(task, self._train, rng, i % 3) for i in range(num)])
+
     def held_out(self, task: str, num: int, *, wording: int | None = None) -> dict[str, Tensor]:
         """Return held-out sequences of a task, always the same; with this wording, or those trained on in turn."""
         rng = random.Random(task)

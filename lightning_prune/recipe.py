@@ -84,6 +84,11 @@ class Recipe:
                     f"condition lets the model choose its parts per input, and {name} takes parts away for good; use "
                     f"two recipes, {name} first"
                 )
+        if self.export is not None and self.condition is not None and not self.condition.is_exported:
+            raise ValueError(
+                f"what {type(self.condition).__name__} adds is in the trainer's checkpoints and the model's own "
+                "state_dict; there is no folder for it yet: set export: null"
+            )
         if self.export is not None and self.export.format != "conditional":
             raise ValueError(
                 f"export.format {self.export.format} has no place for what condition adds to the model; use conditional"

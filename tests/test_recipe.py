@@ -341,7 +341,10 @@ BAD = [
     (BASE + "evaluate: {tasks: [a], at: []}", "evaluate has neither at nor every"),
     (BASE + "evaluate: {tasks: [a], every: 0}", "evaluate.every must be 1 or more, got 0"),
     (BASE + "evaluate: {tasks: [a], at: [middle]}", "evaluate.at[0] must be one of start, end, got 'middle'"),
-    (BASE + "export: {format: zip}", "export.format must be one of dense, huggingface, per_layer, adapter, got 'zip'"),
+    (
+        BASE + "export: {format: zip}",
+        "export.format must be one of dense, huggingface, per_layer, adapter, conditional, got 'zip'",
+    ),
     (BASE + "report: {dri: x}", "unknown key 'report.dri'; did you mean 'report.dir'?"),
     (BASE + "recover: {lora: {r: 8}}", "unknown key 'recover.lora.r'; did you mean 'recover.lora.form'?"),
     (BASE + "recover: {lora: {config: {r: 0}}}", "recover.lora.config.r must be 1 or more, got 0"),

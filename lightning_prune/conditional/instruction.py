@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ class Instruction(ConditionMethod):
         rate: what the learning rate is multiplied by for the predictor.
         seed: of what is drawn.
     """
+
+    is_exported: ClassVar[bool] = True
 
     budget: Budget
     kinds: tuple[Literal["ffn", "kv_groups"], ...] = ("ffn",)

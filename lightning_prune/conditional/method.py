@@ -10,6 +10,7 @@ stays what it was to everybody else.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -47,10 +48,12 @@ class Condition(ABC):
 class ConditionMethod(ABC):
     """Options of one way to decide per input; a frozen dataclass.
 
-    `rate` is what the learning rate of the user's optimizer is multiplied by for all that is added.
+    `rate` is what the learning rate of the user's optimizer is multiplied by for all that is added; `is_exported` says
+    whether the model can be written with it at the end of a training, as `export.format: conditional`.
     """
 
     rate: float = 1.0
+    is_exported: ClassVar[bool] = False
 
     @abstractmethod
     def insert(self, model: nn.Module, stack: Stack) -> Condition:

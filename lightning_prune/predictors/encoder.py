@@ -1,4 +1,4 @@
-"""What turns an instruction into one vector: the contract, and two encoders that need nothing but the model.
+"""What turns an instruction into one vector: the contract, and encoders that need nothing but the model.
 
 Where tokens stand is told by the attention mask alone, never by a place in the row, so padding on either side, and the
 other rows of a batch, do not change a vector.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune.bounds import at_least
 
-__all__ = ["Encoder", "Fresh", "InstructionEncoder", "OwnLayers", "last_token", "mean_tokens"]
+__all__ = ["Blind", "Encoder", "Fresh", "InstructionEncoder", "OwnLayers", "last_token", "mean_tokens"]
 
 
 class InstructionEncoder(nn.Module, ABC):
@@ -134,6 +134,22 @@ def _block(model: nn.Module, number: int) -> str:
     if number >= len(blocks):
         raise ValueError(f"the encoder reads {number} layers of the model's own, which has {len(blocks)}; take fewer")
     return f"{name}.{number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blind(Encoder):
+    """Reads nothing, so that the head learns one mask for all instructions: the baseline of a learned static mask."""
+
+    def build(self, model: nn.Module) -> InstructionEncoder:
+        """Return the encoder, which has no weights."""
+        return _Blind()
+
+
+class _Blind(InstructionEncoder):
+    width = 8
+
+    def forward(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
+        return torch.ones(len(ids_BT), self.width, device=ids_BT.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,8 @@ class ScoreHead(nn.Module):
         self.outer.bias.zero_()
         if len(features_BD) > 1:
             across = torch.cat(self(features_BD), dim=-1).std(dim=0).mean()
-            self.outer.weight.mul_(self.spread / across.clamp(min=1e-6))
+            if float(across) > 1e-6:  # else all instructions read alike
+                self.outer.weight.mul_(self.spread / across)
             centre = torch.cat(self(features_BD), dim=-1).mean(dim=0)
         else:
             centre = torch.zeros_like(self.outer.bias)

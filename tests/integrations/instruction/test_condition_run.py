@@ -1,21 +1,22 @@
 """A condition in both trainers: the same weights as a bare loop, exact resume, one rate for the model and another."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from lightning_prune.conditional.instruction import Instruction
 from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
+from lightning_prune.integrations.instruction.folder import open_conditional
+from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
 from lightning_prune.recipe import Recipe
 from lightning_prune.structured.structure import Stack
-from tests.integrations.trainings import InOrderTrainer, TinyModule, hf_trainer, lightning_trainer, resumes_in_place
+from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer
 from tests.loops import BATCH, NUM_STEPS, assert_same_weights
 from tests.tiny_models import TokenDataset, tiny_llama, token_windows
 
@@ -79,14 +80,14 @@ def train_hf(given: Recipe, out: Path, **options: Any) -> torch.nn.Module:
 
 def train_lightning(given: Recipe, **options: Any) -> torch.nn.Module:
     torch.manual_seed(11)
-    module = TinyModule()
-    trainer = lightning_trainer([LightningCallback(given)], **options)
-    trainer.fit(module, DataLoader(dataset(), batch_size=BATCH))
+    module, data = TinyModule(), DataLoader(dataset(), batch_size=BATCH)
+    trainer = lightning_trainer([LightningCallback(given)], limit_val_batches=1, **options)
+    trainer.fit(module, data, data)
     return module.model
 
 
 @pytest.fixture
-def fixed_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fixed_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the head's first weights be the same wherever it is made."""
     make = Instruction.insert
 
@@ -96,7 +97,6 @@ def fixed_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return make(self, *args, **kwargs)
 
     monkeypatch.setattr(Instruction, "insert", insert)
-    yield
 
 
 @pytest.mark.usefixtures("fixed_head")
@@ -120,12 +120,72 @@ def test_resume_is_exact_under_transformers(tmp_path: Path) -> None:
     assert_same_weights(again.model, expected)
 
 
-from transformers import TrainerCallback  # noqa: E402
-
-
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= self.step
+
+
+def test_what_was_trained_is_written_and_chooses_the_same_units(tmp_path: Path) -> None:
+    given = Recipe.load(recipe(), overrides=["export.format=conditional", f"export.dir={tmp_path / 'out'}"])
+    model = train_hf(given, tmp_path / "run").eval()
+    opened, _, _ = open_conditional(tmp_path / "out")
+    batch = next(iter(DataLoader(dataset(), batch_size=BATCH)))
+    torch.testing.assert_close(opened(**batch).logits, model(**batch).logits)
+    assert_same_weights(opened.mask_predictor, model.mask_predictor)
+
+
+def test_a_predictor_gets_a_rate_of_its_own_in_the_users_optimizer_and_schedule() -> None:
+    first, second, added = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = torch.optim.AdamW(
+        [{"params": [first, added], "weight_decay": 0.1}, {"params": [second], "weight_decay": 0.0}], lr=1.0
+    )
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)
+    take_in([optimizer], [warm], [added], rate=0.5)
+    held = [([id(p) for p in group["params"]], group["weight_decay"]) for group in optimizer.param_groups]
+    assert held == [([id(first)], 0.1), ([id(second)], 0.0), ([id(added)], 0.1)]
+    rates = []
+    for _ in range(3):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        sum(p.sum() for p in (first, second, added)).backward()
+        optimizer.step()
+        warm.step()
+    assert rates[0] == pytest.approx([0.1, 0.1, 0.05])
+    assert rates[2] == pytest.approx([0.3, 0.3, 0.15])
+
+
+def test_parameters_that_an_optimizer_lacks_join_it_and_several_optimizers_are_told_apart() -> None:
+    held, added = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([held], lr=1.0, momentum=0.9)
+    take_in([optimizer], [], [added], rate=0.1)
+    assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [(1.0, 0.9), (0.1, 0.9)]
+    with pytest.raises(ValueError, match="2 optimizers and none of them holds the 1 parameters"):
+        take_in([optimizer, torch.optim.SGD([held], lr=1.0)], [], [torch.nn.Parameter(torch.ones(1))], rate=0.1)
+
+
+def test_a_training_whose_model_gets_no_labels_reads_the_mark_of_the_collator(tmp_path: Path) -> None:
+    smoothed = train_hf(recipe(guard=None, start=None), tmp_path, label_smoothing_factor=0.1)
+    assert int(smoothed.mask_predictor.num_steps) == NUM_STEPS
+
+
+def test_a_collapse_is_said_and_can_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    guard = {"every": 5, "num_sequences": 4, "max_overlap": 0.1, "min_swap_cost": 10.0}
+    train_hf(recipe(guard=guard), tmp_path / "warned")
+    assert any("no longer depend on the instruction" in record.message for record in caplog.records)
+    with pytest.raises(ValueError, match="no longer depend on the instruction"):
+        train_hf(recipe(guard=guard | {"stops": True}), tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"prune": {"schedule": {"class_path": "Once", "init_args": {"sparsity": 0.5}}}}, "use two recipes"),
+        ({"export": {"format": "huggingface"}}, "use conditional"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(sections: dict[str, Any], said: str) -> None:
+    condition = {"class_path": "Instruction", "init_args": {"budget": {"keep": 0.5}}}
+    with pytest.raises(ValueError, match=said):
+        Recipe.load({"condition": condition, **sections})
