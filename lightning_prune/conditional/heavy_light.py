@@ -13,7 +13,9 @@ Source: Ainslie et al., CoLT5: Faster Long-Range Transformers with Conditional C
 Defaults: light half as wide, epsilon 1.0 and 9 / 8 as many tokens in training are the paper's; share 1 / 8 is that of
     its pretraining (1 / 16 in its tuning on 16,384 tokens).
 Cost: light on every token, heavy on the share; the light branch's weights come on top.
-Limits: dense feed-forward parts.
+Limits: dense feed-forward parts. The paper's two branches of attention are left out: a module of Transformers makes
+    queries, keys and values of the same tokens, so that routed queries cannot meet other routed keys; conditional
+    adapters route attention, with the whole block.
 
 Shapes: B sequences, T tokens, D features, U units.
 """
