@@ -1,5 +1,6 @@
 """Distillation in real trainers: each gives the weights of a bare loop in plain torch."""
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,19 @@ def test_two_processes_agree_and_share_what_they_cache(ranks: Processes, tmp_pat
         assert (first[1], second[1]) == ((1, 1) if cache else (2, 2))
 
 
+@torch.no_grad()
+def divergence(model: nn.Module, taught: nn.Module, batches: list[dict[str, Any]]) -> float:
+    """Return the Kullback-Leibler divergence from the teacher's next token, per token that counts."""
+    total, number = 0.0, 0
+    for batch in batches:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        counts = batch["labels"][:, 1:] != -100
+        log_q, log_p = (one(**inputs).logits[:, :-1][counts].log_softmax(-1) for one in (model, taught))
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        number += int(counts.sum())
+    return total / number
+
+
 @pytest.mark.slow  # loads trl
 @pytest.mark.skipif(not DATA, reason="LIGHTNING_PRUNE_DATA names no folder with the trained models")
 @pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
@@ -221,6 +235,7 @@ def test_trl_trains_on_the_divergence_and_evaluates_the_cross_entropy(tmp_path: 
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight[:, ::2] = 0
+    untrained = copy.deepcopy(model)  # later the Trainer ties its forward to this very model
     runs: list[int] = []
     taught.register_forward_hook(lambda *_: runs.append(1))
     text = Path(DATA, "text", "tinystories_v2_train.txt").read_text(encoding="utf-8")
@@ -237,12 +252,22 @@ def test_trl_trains_on_the_divergence_and_evaluates_the_cross_entropy(tmp_path: 
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
     before = trainer.evaluate()["eval_loss"]
-    trainer.compute_loss_func = distiller.loss
+    calls: list[dict[str, Any]] = []
+    batches: list[dict[str, Any]] = []
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        if model.training:
+            batches.append(calls[-1] | {"labels": labels})
+        return distiller.loss(outputs, labels, num_items_in_batch)
+
+    trainer.compute_loss_func = loss
     distiller.attach(model, replace_loss=False)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
     assert runs == []
+    seen = model.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
     trainer.train()
+    seen.remove()
     assert len(runs) == 6 * ACCUMULATE  # the second forward pass of the trainer, for its metrics, asks no teacher
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert losses[0] == pytest.approx(divergence(untrained, taught, batches[:ACCUMULATE]), rel=1e-4)
     assert trainer.evaluate()["eval_loss"] < before
