@@ -8,12 +8,13 @@ Hugging Face model.
 import copy
 import difflib
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_tasks", "evaluate_model"]
 
+MaskFrom = Literal["request", "task"]
 _SEED = 1234  # lm-eval's own default, for few-shot examples and sampling
 _NOISY_LOGGERS = ("lm_eval", "transformers", "datasets")
 
@@ -55,6 +57,8 @@ def evaluate_model(
     limit: int | None = None,
     batch_size: int = 8,
     num_fewshot: int | None = None,
+    mask_from: MaskFrom = "request",
+    instruction: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a model on lm-eval tasks without a trace in its training state.
 
@@ -69,6 +73,9 @@ def evaluate_model(
         limit: documents per task; all when None.
         batch_size: sequences per forward pass.
         num_fewshot: examples before each question; None keeps each task's own number.
+        mask_from: for a model that chooses its sub-network: one mask per request, from its context, or one per task,
+            from its description.
+        instruction: text that is read in place of the description of every task.
 
     Returns:
         task -> metric -> value. A metric computed through a named filter is called `metric,filter`.
@@ -80,6 +87,7 @@ def evaluate_model(
     manager = _task_manager(tasks, include_path)
     bare = _unwrap(model)
     check_answers_tasks(bare)
+    _check_masks(bare, mask_from, instruction)
     from lm_eval.evaluator import evaluate
 
     with untouched(bare, seed=_SEED), _quiet():
@@ -87,7 +95,9 @@ def evaluate_model(
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
         outcome = evaluate(
-            lm=_language_model(bare, tokenizer, batch_size),
+            lm=_language_model(
+                bare, tokenizer, batch_size, loaded["tasks"] if mask_from == "task" else None, instruction
+            ),
             task_dict=loaded,
             limit=limit,
             bootstrap_iters=0,
@@ -173,10 +183,30 @@ class _Scored:
         return self._model(input_ids=input_ids, **inputs)
 
 
-def _language_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
+def _check_masks(model: nn.Module, mask_from: MaskFrom, instruction: str | None) -> None:
+    if instruction is not None and mask_from == "request":
+        raise ValueError("instruction is the text of one mask per task; set mask_from: task with it, or leave it out")
+    if mask_from == "task" and _masks().condition_of(model) is None:
+        raise ValueError(
+            f"mask_from: task has no effect: this {type(model).__name__} has no predictor of masks; leave it out"
+        )
+
+
+def _masks() -> Any:
+    return importlib.import_module("lightning_prune.integrations.instruction.lm_eval_masks")
+
+
+def _language_model(
+    model: nn.Module, tokenizer: Any, batch_size: int, tasks: Mapping[str, Any] | None, instruction: str | None
+) -> Any:
     from lightning_prune.integrations.lm_eval_progress import OneBarHFLM
 
-    return OneBarHFLM(pretrained=_Scored(model), tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    options = {"pretrained": _Scored(model), "tokenizer": copy.deepcopy(tokenizer), "batch_size": batch_size}
+    condition = _masks().condition_of(model)
+    if condition is None:
+        return OneBarHFLM(**options)
+    instructions = None if tasks is None else _masks().instructions_of(tasks, instruction)
+    return _masks().ConditionedHFLM(condition=condition, instructions=instructions, **options)
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:

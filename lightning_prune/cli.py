@@ -15,20 +15,19 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from lightning_prune import cli_options, registry
+from lightning_prune.cli_overrides import OWN_SECTIONS, RUN_SECTIONS, refuse, split
 from lightning_prune.names import shorten
 
 __all__ = ["main"]
 
-OWN_SECTIONS = ("prune", "shrink", "recover", "evaluate", "export", "report", "seed")
 _CLOSED_PIPE = 141  # 128 + SIGPIPE, as other programs end
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-RUN_SECTIONS = ("trainer", "model", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,13 +141,16 @@ def _parser() -> argparse.ArgumentParser:
         add("quickstart", _quickstart, "Train, prune, evaluate and export a small model, on local text.")
     )
     cli_options.add_eval(add("eval", _eval, "Evaluate a model folder with lm-eval.", takes_recipe=False))
+    cli_options.add_select(
+        add("select", _select, "Write the small model of one instruction as a plain model folder.", takes_recipe=False)
+    )
     cli_options.add_export(add("export", _export, "Write a sparse model folder in another form.", takes_recipe=False))
     add("methods", _methods, "List what recipes can choose from, with sources.", takes_recipe=False)
     return parser
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    overrides, passed_on = _split(rest, passed_on=RUN_SECTIONS)
+    overrides, passed_on = split(rest, passed_on=RUN_SECTIONS)
     sys.path.insert(0, os.getcwd())  # the user's own classes, as with `python -m`
     adapter = _adapter("lightning_cli", "lightning-prune run", "lightning")
     code: int = adapter.run_recipe(
@@ -162,7 +164,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _oneshot(options: argparse.Namespace, rest: list[str]) -> int:
-    overrides, _ = _split(rest)
+    overrides, _ = split(rest)
     if (options.config is None) == (options.plan is None):
         if options.plan is None:
             raise ValueError("the following arguments are required: --config, or --plan in its place")
@@ -215,7 +217,7 @@ def _shrink(options: argparse.Namespace, recipe: Any, overrides: Sequence[str]) 
 
 def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
     if options.config is not None:
-        recipe = _load(options.config, _split(rest)[0])
+        recipe = _load(options.config, split(rest)[0])
         tables, sentence = _adapter("hf_inspect", "lightning-prune inspect", "hf").inspect_targets(
             recipe, options.model, total_steps=options.total_steps, trust_remote_code=options.trust_remote_code
         )
@@ -224,7 +226,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
             print()
         print(sentence)
         return 0
-    _refuse(rest)
+    refuse(rest)
     if options.total_steps is not None:
         raise ValueError("--total_steps has no effect without --recipe; leave it out")
     rows, refused = _adapter("hf_shrink", "lightning-prune inspect", "hf").inspect_model(
@@ -239,7 +241,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _exec(options: argparse.Namespace, rest: list[str]) -> int:
-    overrides, _ = _split(rest)
+    overrides, _ = split(rest)
     if options.print_config:
         return _print_recipe(options.config, overrides)
     adapter = _adapter("exec_inject", "lightning-prune exec", "hf")
@@ -256,7 +258,7 @@ def _exec(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
-    overrides, _ = _split(rest, own=(*OWN_SECTIONS, *RUN_SECTIONS))
+    overrides, _ = split(rest, own=(*OWN_SECTIONS, *RUN_SECTIONS))
     if options.print_config:
         return _print_recipe(options.config, overrides)
     adapter = _adapter("quickstart", "lightning-prune quickstart", "all")
@@ -264,13 +266,30 @@ def _quickstart(options: argparse.Namespace, rest: list[str]) -> int:
     return code
 
 
+def _select(options: argparse.Namespace, rest: list[str]) -> int:
+    refuse(rest)
+    adapter = _adapter("instruction.selected", "lightning-prune select", "hf")
+    print(
+        adapter.export_selected(
+            options.model,
+            options.out,
+            instruction=options.instruction,
+            task=options.task,
+            keep=options.keep,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+    return 0
+
+
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
-    _refuse(rest)
+    refuse(rest)
     out = options.out and importlib.import_module("lightning_prune.export.folder").check_file(options.out)
-    loading = _adapter("hf_oneshot", "lightning-prune eval", "hf")
+    loading = _adapter("instruction.folder", "lightning-prune eval", "hf")
     harness = _adapter("lm_eval_harness", "lightning-prune eval", "eval")
     is_trusted = options.trust_remote_code
-    model, tokenizer = loading.load_model(options.model, device=options.device, trust_remote_code=is_trusted)
+    model, tokenizer = loading.open_any(options.model, device=options.device, trust_remote_code=is_trusted)
     results = harness.evaluate_model(
         model,
         tokenizer,
@@ -279,6 +298,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         limit=options.limit,
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
+        mask_from=options.mask_from,
+        instruction=options.instruction,
     )
     rows = [(task, name, f"{value:.4f}") for task, values in results.items() for name, value in values.items()]
     _print_table([("task", "metric", "value"), *rows])
@@ -288,7 +309,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
-    _refuse(rest)
+    refuse(rest)
     adapter = _adapter("hf_oneshot", "lightning-prune export", "hf")
     form, is_trusted = options.format, options.trust_remote_code
     print(adapter.export_model(options.model, options.out, form=form, trust_remote_code=is_trusted))
@@ -296,7 +317,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _methods(options: argparse.Namespace, rest: list[str]) -> int:
-    _refuse(rest)
+    refuse(rest)
     for room in registry.rooms():
         print(f"{room}:")
         width = max(14, *(len(entry.cls.__name__) + 2 for entry in registry.entries(room)))
@@ -312,40 +333,6 @@ def _methods(options: argparse.Namespace, rest: list[str]) -> int:
         with path.open(encoding="utf-8") as file:
             print(f"  {name:<28}{file.readline().removeprefix('#').strip()}")
     return 0
-
-
-def _split(
-    rest: Iterable[str], *, own: Sequence[str] = OWN_SECTIONS, passed_on: Sequence[str] = ()
-) -> tuple[list[str], list[str]]:
-    """Sort what a command did not know into overrides of the recipe and options to pass on.
-
-    Raises:
-        ValueError: if a token belongs to neither.
-    """
-    overrides, others = [], []
-    tokens = list(rest)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            raise ValueError(f"unexpected argument {token!r}; options start with --, and a program to run follows --")
-        key, equals, value = token[2:].partition("=")
-        section = key.partition(".")[0]
-        if section not in (*own, *passed_on):
-            raise ValueError(registry.unknown("option", f"--{section}", [f"--{name}" for name in (*own, *passed_on)]))
-        if not equals and tokens and not tokens[0].startswith("--"):
-            equals, value = "=", tokens.pop(0)
-        if section in own:
-            if not equals:
-                raise ValueError(f"--{key} needs a value, as in --{key}=VALUE")
-            overrides.append(f"{key}={value}")
-        else:
-            others.append(f"--{key}{equals}{value}")
-    return overrides, others
-
-
-def _refuse(rest: Sequence[str]) -> None:
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}")
 
 
 def _load(config: str, overrides: Sequence[str]) -> Any:

@@ -3,7 +3,17 @@
 import argparse
 from collections.abc import Callable
 
-__all__ = ["OVERRIDES", "add_eval", "add_exec", "add_export", "add_inspect", "add_oneshot", "add_quickstart", "add_run"]
+__all__ = [
+    "OVERRIDES",
+    "add_eval",
+    "add_exec",
+    "add_export",
+    "add_inspect",
+    "add_oneshot",
+    "add_quickstart",
+    "add_run",
+    "add_select",
+]
 
 OVERRIDES = """
 Every value of the recipe can be overridden: --prune.schedule.sparsity=0.7, --prune.scorer=Magnitude,
@@ -99,8 +109,26 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_at_least(1), help="documents per task")
     parser.add_argument("--batch_size", type=_at_least(1), default=8, help="documents at a time (default: %(default)s)")
     parser.add_argument("--num_fewshot", type=_at_least(0), help="examples in the prompt")
+    parser.add_argument(
+        "--mask_from",
+        choices=("request", "task"),
+        default="request",
+        help="for a model that chooses its sub-network: by each request's context, or by the task's description "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--instruction", help="with --mask_from task: text in place of the descriptions")
     _add_loading(parser)
     parser.add_argument("--out", help="also write the results to this JSON file")
+
+
+def add_select(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `select`."""
+    parser.add_argument("--model", required=True, help="a folder with a model and its predictor")
+    parser.add_argument("--instruction", help="the text that chooses the small model")
+    parser.add_argument("--task", help="in place of it: the name of a task that is stored in the folder")
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--keep", type=float, help="share of the units, for models trained over a range")
+    _add_loading(parser)
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import check_seal, sealed
 from lightning_prune.structured.structure import Stack
 
-__all__ = ["is_conditional", "open_conditional", "read_tasks", "save_conditional"]
+__all__ = ["is_conditional", "open_any", "open_conditional", "read_tasks", "save_conditional"]
 
 FORMAT = 1
 ROOM = "instruction"  # the folder inside the folder
@@ -125,6 +125,18 @@ def open_conditional(
         use_tokenizer(tokenizer)
     model.eval()
     return model, condition, tokenizer
+
+
+def open_any(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """Open a model and its tokenizer; with its predictor at work, if there is one in the folder.
+
+    Raises:
+        ValueError: if it cannot be opened.
+    """
+    if is_conditional(name):
+        model, _, tokenizer = open_conditional(name, device=device, trust_remote_code=trust_remote_code)
+        return model, tokenizer
+    return load_model(name, device=device, trust_remote_code=trust_remote_code)
 
 
 def read_tasks(folder: str | PathLike[str]) -> dict[str, list[Tensor]]:

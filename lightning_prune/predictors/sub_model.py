@@ -17,9 +17,11 @@ Shapes: U units of a group, K kept ones, P positions of a dimension that they co
 """
 
 import copy
+import functools
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Selection:
         """Return how many units of each group stay."""
         return tuple(len(kept_K) for kept_K in self.units)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Return what tells this selection from others, as text; two masks that are equal have one."""
         sha = hashlib.sha256()
@@ -119,7 +121,7 @@ class SubModels:
                 others[member.positions(range(group.num_units))] = False
                 place = _Place(number, member, others.nonzero().flatten(), member.role == "in")
                 self._places.setdefault(member.name, []).append(place)
-        self._skeletons: dict[tuple[int, ...], nn.Module] = {}
+        self._skeletons: dict[tuple[object, ...], nn.Module] = {}
 
     def lay_out(self) -> None:
         """Let matrices whose columns are gathered lie transposed in memory, so that a unit is one run of it.
@@ -160,7 +162,9 @@ class SubModels:
             if self._is_cut(name, selection):
                 out = buffers[name].data if into is not None else None
                 gathered[name] = self._gathered(name, tensors[name].detach(), selection, is_scaled, out)
-        return _twin(skeleton, gathered, tensors) if into is None else into
+        small = _twin(skeleton, gathered, tensors) if into is None else into
+        setattr(small, _SELECTED, selection.digest)
+        return small
 
     def num_bytes(self, selection: Selection) -> int:
         """Return how many bytes the gathered tensors of a selection have; the shared ones do not count."""
@@ -207,7 +211,8 @@ class SubModels:
 
     def _skeleton(self, selection: Selection, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Return the class at these sizes; the tensors that are cut have no values."""
-        if selection.sizes not in self._skeletons:
+        key = (*selection.sizes, next(iter(tensors.values())).device)
+        if key not in self._skeletons:
             first = Selection(tuple(torch.arange(size) for size in selection.sizes), selection.scales)
             structure = Structure({group.key: group for group in self.groups})
             added = self.model._modules.pop(self._without, None) if self._without is not None else None
@@ -217,8 +222,8 @@ class SubModels:
                 if added is not None and self._without is not None:
                     self.model._modules[self._without] = added
             _empty(small, {name for name in self._places if self._is_cut(name, selection)})
-            self._skeletons[selection.sizes] = small.requires_grad_(False)
-        return self._skeletons[selection.sizes]
+            self._skeletons[key] = small.requires_grad_(False)
+        return self._skeletons[key]
 
 
 def _empty(model: nn.Module, names: Collection[str]) -> None:
@@ -260,4 +265,28 @@ def _twin(skeleton: nn.Module, gathered: Mapping[str, Tensor], tensors: Mapping[
         memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     for buffer in skeleton.buffers():
         memo[id(buffer)] = buffer
-    return copy.deepcopy(skeleton, memo)
+    twin = copy.deepcopy(skeleton, memo)
+    twin.register_forward_pre_hook(_check_cache, with_kwargs=True)
+    twin.register_forward_hook(_mark_cache)
+    return twin
+
+
+_SELECTED = "_lightning_prune_selection"  # on a small model and on the key/value caches that it filled: the digest
+
+
+def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a key/value cache that another model has filled."""
+    cache = kwargs.get("past_key_values")
+    if cache is None or torch.compiler.is_compiling() or getattr(cache, _SELECTED, None) == getattr(module, _SELECTED):
+        return
+    if int(cache.get_seq_length()):
+        raise ValueError(
+            "this key/value cache was filled by another model, or under another instruction than this sub-model was "
+            "selected for; start with an empty cache"
+        )
+
+
+def _mark_cache(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and not torch.compiler.is_compiling():
+        setattr(cache, _SELECTED, getattr(module, _SELECTED))
