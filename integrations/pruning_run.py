@@ -251,15 +251,7 @@ class PruningRun:
         assert options is not None
         assert model is not None
         distributed.log(logger, logging.INFO, "evaluating (%s): %s", label, ", ".join(options.tasks))
-        results = self._harness().evaluate_model(
-            language_model(model),
-            self._tokenizer,
-            tasks=list(options.tasks),
-            include_path=options.include_path,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            num_fewshot=options.num_fewshot,
-        )
+        results = self._harness().evaluate_model(language_model(model), self._tokenizer, **options.scoring)
         self._last_evaluated = self.sparsifier.step
         summary = {key: value for key, value in report.as_dict().items() if key != "targets"}
         self.evaluations.append({"label": label, "step": report.step, "report": summary, "results": results})

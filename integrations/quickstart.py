@@ -208,15 +208,7 @@ class _Job:
     def _score(self, name: str) -> Scores:
         """Run the recipe's tasks, as the callback does before and after its training."""
         with self._timed(f"evaluate_{name}", f"evaluating: {name}"):
-            return evaluate_model(
-                self.module.model,
-                self.data.tokenizer,
-                tasks=self.evaluate.tasks,
-                include_path=self.evaluate.include_path,
-                limit=self.evaluate.limit,
-                batch_size=self.evaluate.batch_size,
-                num_fewshot=self.evaluate.num_fewshot,
-            )
+            return evaluate_model(self.module.model, self.data.tokenizer, **self.evaluate.scoring)
 
     def _row(self, name: str, scores: Scores) -> Row:
         """Measure the model as it is now; its scores on the tasks are known."""

@@ -1,6 +1,6 @@
 """The sections of a recipe: one frozen set of options each, checked as far as a section can be on its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lightning_prune.allocations.uniform import Uniform
@@ -110,7 +110,11 @@ class Recover:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Which lm-eval tasks to run, and when; `every` is in optimizer steps, `limit` in documents per task."""
+    """Which lm-eval tasks to run, and when; `every` is in optimizer steps, `limit` in documents per task.
+
+    For a model that chooses its sub-network, `mask_from` says whether each request has a mask of its own, from its
+    context, or each task one, from its description or else from `instruction`.
+    """
 
     tasks: tuple[str, ...]
     include_path: str | None = None
@@ -119,8 +123,12 @@ class Evaluate:
     every: int | None = None
     batch_size: int = 8
     num_fewshot: int | None = None
+    mask_from: Literal["request", "task"] = "request"
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
+        if self.instruction is not None and self.mask_from != "task":
+            raise ValueError("evaluate.instruction is the text of one mask per task; set evaluate.mask_from: task too")
         if not self.tasks:
             raise ValueError(
                 "evaluate.tasks is empty, so nothing would be evaluated; name a task or set evaluate: null"
@@ -131,6 +139,11 @@ class Evaluate:
             if value is not None and value < 1:
                 raise ValueError(f"evaluate.{name} must be 1 or more, got {value}")
         at_least(0, num_fewshot=self.num_fewshot)
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Return how an evaluation is run, without when."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("at", "every")}
 
 
 @dataclass(frozen=True, kw_only=True)

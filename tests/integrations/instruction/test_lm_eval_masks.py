@@ -99,7 +99,7 @@ def test_the_continuation_does_not_influence_the_mask(
 
 def test_one_mask_per_task_is_read_from_its_text(served: InstructionModel) -> None:
     texts = {"sums": "add up", "prose": "tell a story"}
-    mixed = [*requests(PAIRS[:3]), *requests(PAIRS[3:], task="prose")]
+    mixed = [*requests(PAIRS[:3]), *requests(PAIRS[3:5], task="prose")]
     mixed = mixed[::2] + mixed[1::2]
     found = scorer(served, texts).loglikelihood(mixed, disable_tqdm=True)
     for request, (value, _) in zip(mixed, found, strict=True):
