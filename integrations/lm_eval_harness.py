@@ -73,8 +73,7 @@ def evaluate_model(
         limit: documents per task; all when None.
         batch_size: sequences per forward pass.
         num_fewshot: examples before each question; None keeps each task's own number.
-        mask_from: for a model that chooses its sub-network: one mask per request, from its context, or one per task,
-            from its description.
+        mask_from: of a model that chooses its sub-network: each request's context, or each task's description.
         instruction: text that is read in place of the description of every task.
 
     Returns:
@@ -94,15 +93,9 @@ def evaluate_model(
         loaded = manager.load(list(tasks))
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
-        outcome = evaluate(
-            lm=_language_model(
-                bare, tokenizer, batch_size, loaded["tasks"] if mask_from == "task" else None, instruction
-            ),
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        asked = loaded["tasks"] if mask_from == "task" else None
+        scorer = _language_model(bare, tokenizer, batch_size, asked, instruction)
+        outcome = evaluate(lm=scorer, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return _numbers(outcome["results"])
 
 
