@@ -1,14 +1,11 @@
 """Eight synthetic domains that need different units: a mask per instruction beats the best single mask."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition, Predictor
-from lightning_prune.conditional.instruction import _apart as rows_apart
 from lightning_prune.predictors.budget import Budget
 from lightning_prune.predictors.collapse import CollapseGuard
 from lightning_prune.predictors.encoder import Blind, Encoder, OwnLayers
@@ -65,3 +62,15 @@ def trained(encoder: Encoder, *, rate: float = 1.0, spread: float = 1.0) -> tupl
     model.eval()
     with torch.no_grad():
         return float(model(**sequences(256, 10_000)).loss), condition
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_mask_per_domain_beats_one_learned_mask_and_collapse_is_told_apart() -> None:
+    guard, held_out = CollapseGuard(), sequences(16, 9_999)
+    loss, condition = trained(OwnLayers())
+    static, _ = trained(Blind())
+    assert loss < static - 0.08
+    assert not guard.has_collapsed(condition.measure(held_out))
+    _, collapsed = trained(OwnLayers(), rate=0.1, spread=1e-3)
+    assert guard.has_collapsed(collapsed.measure(held_out))
