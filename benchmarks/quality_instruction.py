@@ -211,9 +211,7 @@ def per_task(bench: Bench, keep: float) -> dict[str, object]:
     return row | {"by_task": found}
 
 
-def limits(
-    rows: Sequence[Mapping[str, object]], keeps: Sequence[float], seeds: Sequence[int]
-) -> list[dict[str, object]]:
+def limits(rows: Sequence[Mapping[str, object]], keeps: Sequence[float]) -> list[dict[str, object]]:
     """Return what was promised, and whether it holds, for the mean over seeds."""
 
     def average(arm: str, keep: float, what: str = "loss") -> float:

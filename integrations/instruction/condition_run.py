@@ -6,7 +6,6 @@ adapters call it at their trainer's moments; it knows no trainer.
 """
 
 import importlib
-import inspect
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from lightning_prune.hooks import unwrap_optimizer
 from lightning_prune.integrations.instruction.marking import MarkingCollator
 from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.language_model import language_model
+from lightning_prune.predictors.outer_call import OuterCall
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.stack import candidate_stacks
 from lightning_prune.structured.structure import Stack
@@ -98,6 +98,8 @@ class ConditionRun:
                 "the callback to the Trainer's constructor"
             )
         self._measured_at = -1
+        if self._loss is not None:
+            self._loss.hold()
         self.condition.begin(total_steps=total_steps)
         if not isinstance(self.condition, InstructionCondition):
             return
@@ -259,17 +261,20 @@ def _joined(batches: list[dict[str, Tensor]], num_sequences: int) -> dict[str, T
 
 
 class _AddedLoss:
-    """The forward of a model, with the term of a method added to the loss in its output."""
+    """Adds the term of a method to the loss in the model's output."""
 
     def __init__(self, condition: Condition, model: nn.Module) -> None:
-        self.condition, self.plain = condition, model.forward
-        self._was_added = False
-        if type(condition).loss is not Condition.loss:
-            self.__signature__ = inspect.signature(model.forward)
-            model.forward = self
+        self.condition, self._was_added = condition, False
+        has_term = type(condition).loss is not Condition.loss
+        self._call = OuterCall(model, self._add) if has_term else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.plain(*args, **kwargs)
+    def hold(self) -> None:
+        """Stand around what the training program has put in the place of the model's forward since."""
+        if self._call is not None:
+            self._call.hold()
+
+    def _add(self, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        output = forward(**batch)
         term = self.condition.loss()
         if term is not None and getattr(output, "loss", None) is not None:
             output.loss = output.loss + term

@@ -14,7 +14,6 @@ Causality: the masks come from the instruction alone, before the first token tha
 Shapes: B samples, U units of a group.
 """
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from lightning_prune.predictors.budget import Budget
 from lightning_prune.predictors.collapse import CollapseGuard, Conditioning
 from lightning_prune.predictors.encoder import Encoder, OwnLayers
 from lightning_prune.predictors.mask_predictor import MaskPredictor
+from lightning_prune.predictors.outer_call import OuterCall
 from lightning_prune.predictors.prompt import Prompt, Reads
 from lightning_prune.predictors.soft_top_k import SoftTopK
 from lightning_prune.predictors.unit_importance import UnitImportance, clusters, fit_head
@@ -171,8 +171,7 @@ class InstructionCondition(Condition):
         self._is_whole = False
         self._seen: list[_Seen] | None = None  # what calls predicted, while somebody looks
         predictor.units.attach(model)
-        self._forward = _Conditioned(self, model.forward)
-        model.forward = self._forward
+        self._call = OuterCall(model, self.run)
 
     def added(self) -> Mapping[str, nn.Module]:
         """Return the predictor."""
@@ -180,11 +179,22 @@ class InstructionCondition(Condition):
 
     def begin(self, *, total_steps: int) -> None:
         """Set the length of the ramp; go on where a restored predictor stands."""
+        self._call.hold()
         self.predictor.ramp_steps.fill_(math.ceil(self.options.ramp * total_steps))
         self._step = int(self.predictor.num_steps)
 
     def after_step(self) -> None:
-        """Count one optimizer step."""
+        """Count one optimizer step.
+
+        Raises:
+            RuntimeError: if the training never called the model that is masked.
+        """
+        if not self._call.num_calls:
+            raise RuntimeError(
+                f"an optimizer step was taken, but {type(self.model).__name__} was never called, only parts of it, so "
+                "nothing was masked; call the model itself, with labels, or condition the part that is called"
+            )
+        self._call.num_calls = 0
         self._step += 1
         self.predictor.num_steps.fill_(self._step)
 
@@ -199,9 +209,7 @@ class InstructionCondition(Condition):
 
     def remove(self) -> None:
         """Take the predictor and all hooks off the model."""
-        self._forward.is_on = False
-        if self.model.__dict__.get("forward") is self._forward:
-            del self.model.forward  # the class has its own
+        self._call.release()
         self.predictor.units.detach()
         if getattr(self.model, NAME, None) is self.predictor:
             delattr(self.model, NAME)
@@ -336,20 +344,6 @@ class InstructionCondition(Condition):
                 "mask; start with an empty cache"
             )
         return found
-
-
-class _Conditioned:
-    """The forward of a model under the masks of its instruction; `unconditioned` is the model's own."""
-
-    def __init__(self, condition: InstructionCondition, unconditioned: Callable[..., Any]) -> None:
-        self.condition, self.unconditioned, self.is_on = condition, unconditioned, True
-        self.__signature__ = inspect.signature(unconditioned)
-        self._names = list(self.__signature__.parameters)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_on:
-            return self.unconditioned(*args, **kwargs)
-        return self.condition.run(self.unconditioned, {**dict(zip(self._names, args, strict=False)), **kwargs})
 
 
 def _without_instruction(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,8 +114,7 @@ class _Own(InstructionEncoder):
             return mean_tokens(embeddings(ids_BT), attention_BT)
         handle = model.get_submodule(self._block).register_forward_pre_hook(_stop, with_kwargs=True)
         try:
-            plain = getattr(model.forward, "unconditioned", model.forward)
-            plain(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False)
+            type(model).forward(model, input_ids=ids_BT, attention_mask=attention_BT, use_cache=False)
         except _Stop as stop:
             return mean_tokens(stop.states, attention_BT)
         finally:

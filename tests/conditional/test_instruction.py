@@ -196,6 +196,7 @@ def test_masks_are_ramped_in_over_steps_and_the_ramp_is_saved() -> None:
     for _ in range(6):
         mask = condition.masks_of(condition.prompt(data))[0]
         shares.append(float(mask.detach().min()))
+        model(**data)
         condition.after_step()
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
@@ -296,8 +297,30 @@ def test_a_budget_drawn_in_training_is_the_full_one_in_evaluation() -> None:
     numbers = set()
     for _ in range(8):
         numbers.add(int((condition.masks_of(condition.prompt(batch()))[0][0] > 0).sum()))
+        model(**batch())
         condition.after_step()
     assert len(numbers) > 1
     assert numbers <= {8, 16, 24, 32, 40}
     model.eval()
     assert int((condition.masks_of(condition.prompt(batch()))[0][0] > 0).sum()) == 32
+
+
+def test_a_step_without_a_call_of_the_model_is_refused() -> None:
+    model = tiny_llama().train()
+    condition = conditioned(model)
+    model.model(batch()["input_ids"])
+    with pytest.raises(RuntimeError, match="was never called, only parts of it"):
+        condition.after_step()
+
+
+def test_masks_hold_under_a_forward_that_a_program_puts_in_the_models_place() -> None:
+    model, data = tiny_llama().train(), batch()
+    condition = conditioned(model, choice=SoftTopK(hard=True))
+    with condition.fixed(condition.masks_of(condition.prompt(data))):
+        expected = model(**data).loss
+    model.forward = lambda **given: type(model).forward(model, **given)  # of a program, made after the predictor
+    condition.begin(total_steps=10)
+    torch.testing.assert_close(model(**data).loss, expected)
+    condition.remove()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model(**data).loss, expected)

@@ -1,0 +1,73 @@
+"""TRL's own fine-tuning program, unmodified, ends in a model that is served by instruction."""
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_prune import cli
+from lightning_prune.integrations.instruction.serving import InstructionModel
+
+DATA = os.environ.get("LIGHTNING_PRUNE_DATA")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("trl") is None, reason="needs trl"),
+    pytest.mark.skipif(DATA is None, reason="needs the folder of models and text that LIGHTNING_PRUNE_DATA names"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="starts a program as Linux does"),
+]
+RECIPE = """
+condition:
+  class_path: Instruction
+  init_args:
+    budget: {keep: 0.33}
+    start: {num_sequences: 16, num_clusters: 4, num_steps: 10}
+    guard: {every: 4, num_sequences: 8}
+export: {format: conditional, dir: OUT}
+"""
+
+
+def test_an_unmodified_program_ends_in_a_served_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    text = Path(str(DATA), "text", "tinystories_v2_train.txt").read_text(encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>") if len(story) > 300][:32]
+    (tmp_path / "stories").mkdir()
+    rows = [json.dumps({"prompt": story[:80], "completion": story[80:300]}) + "\n" for story in stories]
+    (tmp_path / "stories" / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("OUT", str(tmp_path / "served")), encoding="utf-8")
+    parent = Path(str(DATA), "models", "stories260K")
+    program = {
+        "model_name_or_path": parent,
+        "dataset_name": tmp_path / "stories",
+        "output_dir": tmp_path / "run",
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "max_length": 96,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "gradient_checkpointing": True,  # as TRL does where nothing is said
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    flags = [str(part) for name, value in program.items() for part in (f"--{name}", value)]
+    start = ["exec", "--recipe", str(tmp_path / "recipe.yaml"), "--", "-m", "trl.scripts.sft", "--use_cpu"]
+    assert cli.main([*start, *flags]) == 0
+
+    served = InstructionModel.from_pretrained(tmp_path / "served")
+    small = served.select("Once upon a time, there was a dog.")
+    assert small.config.intermediate_size == 56  # a third of 172, in whole eights
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
+    before = AutoModelForCausalLM.from_pretrained(parent)
+    assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    out = tmp_path / "story"
+    words = ["--instruction", "Once upon a time, there was a dog.", "--out", str(out)]
+    assert cli.main(["select", "--model", str(tmp_path / "served"), *words]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, small(ids).logits, rtol=1e-4, atol=1e-4)
