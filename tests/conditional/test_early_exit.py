@@ -158,6 +158,21 @@ def test_rows_leave_alone_and_a_text_gives_what_decoding_it_gives(name: str, con
 
 
 @torch.no_grad()
+def test_the_earliest_exit_that_is_sure_answers() -> None:
+    model = model_of("llama")
+    condition = exiting(model)
+    leaving(condition, 0.0)
+    ids = tokens(1, 6)
+    first, second = condition.exits
+    both = model(input_ids=ids).logits
+    second.threshold.fill_(float("inf"))
+    assert torch.equal(model(input_ids=ids).logits, both)
+    first.threshold.fill_(float("inf"))
+    second.threshold.fill_(0.0)
+    assert not torch.allclose(model(input_ids=ids).logits, both, atol=1e-3)
+
+
+@torch.no_grad()
 def test_prompts_run_whole_unless_asked() -> None:
     model = tiny_llama(layers=3).eval()
     ids = tokens(2, 8)

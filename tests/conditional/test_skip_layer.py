@@ -82,9 +82,11 @@ def trained(model: Any, condition: Any, *, num_steps: int = 3, seed: int = 0, lo
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     ids, losses = token_windows(8), []
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
     model.train()
     for _ in range(num_steps):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
         if not loss_only:
             loss = loss + condition.loss()
         loss.backward()
