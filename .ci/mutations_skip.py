@@ -64,8 +64,8 @@ MUTATIONS = (
     Mutation(
         "notes of a call are not copied",
         f"{ROOM}/decoder_call.py",
-        "    def __deepcopy__(self",
-        "    def deepcopy(self",
+        "    def __reduce__(self",
+        "    def reduced(self",
         f"{SKIP} -k a_copy",
     ),
     Mutation(
@@ -104,23 +104,23 @@ MUTATIONS = (
         f"{SPARSE} -k leaving_tokens",
     ),
     Mutation(
-        "a prompt behind others sees what is before it",
+        "without a mask tokens see what is before them",
         f"{ROOM}/sparse_block.py",
-        "before = num_keys - self.num_tokens if keys.num_before else 0",
-        "before = 0",
+        "return (places_S <= self.places_RK[..., None])[:, None]",
+        "return None",
         f"{SPARSE} -k leaving_tokens",
     ),
     Mutation(
         "masks of padding are picked",
         f"{ROOM}/sparse_block.py",
-        "            return self._take(mask, 2)",
+        "            return self._take(mask.transpose(1, 2)).transpose(1, 2)",
         "            return None",
         f"{SPARSE} -k leaving_tokens",
     ),
     Mutation(
         "what leads to queries only is not computed for all",
         f"{ROOM}/sparse_block.py",
-        "return keys.full is None or any(bool(part.isnan().any()) for part in keys.full)",
+        "return len(found) < 2 or not all(torch.equal(*pair) for pair in zip(*found, strict=True))",
         "return True",
         f"{SPARSE} -k tokens_that_skip",
     ),
@@ -134,9 +134,16 @@ MUTATIONS = (
     Mutation(
         "tokens that skip are left out",
         f"{ROOM}/sparse_block.py",
-        "        if not self.is_sparse or",
-        "        if True or",
+        "        if self.is_sparse and not",
+        "        if False and not",
         f"{SPARSE} -k reach_keys",
+    ),
+    Mutation(
+        "few tokens that skip are computed beside the others",
+        f"{ROOM}/sparse_block.py",
+        "num_running == 0 or runs_BT.numel() - num_running >= self.least",
+        "True",
+        f"{SPARSE} -k few_tokens",
     ),
     Mutation(
         "leaving out is tried before it is relied on",

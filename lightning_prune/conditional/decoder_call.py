@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens of the call.
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,9 +20,6 @@ __all__ = ["DecoderCall", "Noted"]
 
 class Noted(dict[object, Any]):
     """What calls leave behind for those who ask afterwards; a copy of the model starts without it."""
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return type(self)()
 
     def __reduce__(self) -> Any:
         return type(self), ()

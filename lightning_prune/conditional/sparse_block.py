@@ -6,18 +6,20 @@ run, over all tokens, ends once keys and values are known; what only leads to qu
 over the tokens that run, takes what the first has computed and gets the keys and values of all. Nothing is known of
 an attention class but that it hands its keys and values to `update` of a cache.
 
-What only leads to queries is found by putting NaN in its place and looking at the keys and values.
+What only leads to queries, or only to keys and values, is found by putting noise in its place and looking where it
+comes out.
 
 Limits: a fused projection computes the queries of all tokens too. Without a cache in the block's signature (encoders),
     or with a state in place of keys and values (Mamba), every token is computed and the result mixed, as while
     training; so it is under torch.compile, with kernels that take no mask of pairs, and wherever the first trial shows
-    another result.
+    another result. Of a call in which fewer than 16 tokens skip and any runs, as when a small batch decodes, all are
+    computed, since reading the weights is then what costs.
 
 Shapes: B sequences, T tokens of the call, D channels; R sequences with tokens that run, K of these tokens at most, S
 keys.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ __all__ = ["SparseBlock", "mixed", "pattern"]
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _MASK = "attention_mask"
+_LEAST = 16  # tokens that skip, for which running twice pays; weights are read all the same for those that run
 
 
 class _KnownError(Exception):
@@ -46,7 +49,6 @@ class _Keys:
     def __init__(self, cache: Any) -> None:
         self.cache = cache
         self.full: tuple[Tensor, Tensor] | None = None
-        self.num_before = 0
         self.rows: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,6 @@ class _Keys:
         if self.cache is None:
             self.full = keys, values
         else:
-            self.num_before = int(self.cache.get_seq_length(layer))
             self.full = self.cache.update(keys, values, layer, *args, **kwargs)
         raise _KnownError
 
@@ -95,7 +96,9 @@ class SparseBlock:
         self.is_sparse = False  # until a trial has shown that it gives the same
         self.trial: int | None = None  # a number in the place of what decides, to try it
         self.is_prepared = True
+        self.least = _LEAST
         self.query_only: tuple[str, ...] = ()
+        self.keys_only: tuple[str, ...] = ()
         self.shared: tuple[str, ...] = ()
 
     def __call__(self, runs_BT: Tensor | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
@@ -108,23 +111,21 @@ class SparseBlock:
         """
         if not self.is_prepared:
             return self._prepare(args, kwargs)
+        if runs_BT is None and self.trial is None:
+            return self.part.compute(*args, **kwargs)
+        arguments = self.part.named(args, kwargs)
+        before_BTD = next(iter(arguments.values()))
         if self.trial is not None:
-            runs_BT = pattern(next(iter(self.part.named(args, kwargs).values())), self.trial)
-        if runs_BT is None:
-            return self.part.compute(*args, **kwargs)
-        if not self.is_sparse or torch.compiler.is_compiling() or not self._takes_pairs(args, kwargs):
-            output = self.part.compute(*args, **kwargs)
-            arguments = self.part.named(args, kwargs)
-            before, after = next(iter(arguments.values())), first_tensor(output)
-            return with_hidden(output, torch.where(runs_BT[..., None], after, before))
-        num_running = int(runs_BT.sum())
-        if num_running == runs_BT.numel():
-            return self.part.compute(*args, **kwargs)
-        return self._run_sparsely(runs_BT, num_running, self.part.named(args, kwargs))
-
-    def _takes_pairs(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-        mask = self.part.named(args, kwargs).get(_MASK)
-        return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
+            runs_BT = pattern(before_BTD, self.trial)
+        assert runs_BT is not None
+        if self.is_sparse and not torch.compiler.is_compiling() and _takes_pairs(arguments):
+            num_running = int(runs_BT.sum())
+            if num_running == runs_BT.numel():
+                return self.part.compute(*args, **kwargs)
+            if num_running == 0 or runs_BT.numel() - num_running >= self.least:
+                return self._run_sparsely(runs_BT, num_running, arguments)
+        output = self.part.compute(*args, **kwargs)
+        return with_hidden(output, torch.where(runs_BT[..., None], first_tensor(output), before_BTD))
 
     def _run_sparsely(self, runs_BT: Tensor, num_running: int, arguments: dict[str, Any]) -> Any:
         stream = next(iter(arguments))
@@ -142,11 +143,14 @@ class SparseBlock:
         chosen[self.cache_name] = keys
         if _MASK in arguments:
             chosen[_MASK] = pick.mask(arguments[_MASK], keys)
-        instead = {self._module(name): _Giver([pick(value)]) for name, value in known.items()}
+        instead: dict[nn.Module, Any] = {self._module(name): _Giver([pick(value)]) for name, value in known.items()}
+        instead |= {self._module(name): _Blank(self.widths[name]) for name in self.keys_only}
         with forwards(instead):
             after_RKD = first_tensor(self.part.compute(**chosen))
         is_real_RK = torch.arange(most, device=runs_BT.device) < count_B[rows_R, None]
-        return with_hidden(self.output, before_BTD.masked_scatter(runs_BT[..., None], after_RKD[is_real_RK]))
+        flat_N = (rows_R[:, None] * runs_BT.shape[1] + places_RK)[is_real_RK]
+        stream_ND = before_BTD.flatten(0, 1).index_copy(0, flat_N, after_RKD[is_real_RK])
+        return with_hidden(self.output, stream_ND.view_as(before_BTD))
 
     def _module(self, name: str) -> nn.Module:
         return self.part.block.get_submodule(name)
@@ -176,7 +180,7 @@ class SparseBlock:
         self.is_prepared = True
         arguments = self.part.named(args, kwargs)
         self.cache_name = next((name for name in _CACHES if name in self.part.names), _CACHES[0])
-        self.query_only = self.shared = ()
+        self.query_only = self.keys_only = self.shared = ()
         self.widths: dict[str, int] = {}
         before = next(iter(arguments.values()))
         finished: dict[str, Tensor] = {}
@@ -196,21 +200,38 @@ class SparseBlock:
             fitting = [n for n in outermost if finished[n].ndim == 3 and finished[n].shape[:2] == before.shape[:2]]
             self.widths = {name: finished[name].shape[-1] for name in fitting}
             self.query_only = tuple(name for name in fitting if not self._reaches_keys(name, arguments))
-            self.shared = tuple(name for name in fitting if name not in self.query_only)
+            others = [name for name in fitting if name not in self.query_only]
+            self.keys_only = tuple(name for name in others if not self._reaches_output(name, arguments))
+            self.shared = tuple(name for name in others if name not in self.keys_only)
         output = self.part.compute(*args, **kwargs)
         self.output = with_hidden(output, None) if isinstance(output, tuple) else None
         return output
 
+    def _reaches_output(self, name: str, arguments: Mapping[str, Any]) -> bool:
+        """Return whether a block depends on the output of a module in another way than by its keys and values."""
+        keys, _ = self._first_run(arguments, ())
+        found = []
+        for seed in (0, 1):
+            with forwards({self._module(name): _Noise(self.widths[name], seed)}):
+                found.append(first_tensor(self.part.compute(**{**arguments, self.cache_name: keys})))
+        return not torch.equal(*found)
+
     def _reaches_keys(self, name: str, arguments: Mapping[str, Any]) -> bool:
         """Return whether keys or values depend on the output of a module."""
-        keys = _Keys(None)
-        poison: Callable[..., Tensor] = _Blank(self.widths[name], float("nan"))
-        try:
-            with forwards({self._module(name): poison}):
-                self.part.compute(**{**arguments, self.cache_name: keys})
-        except _KnownError:
-            pass
-        return keys.full is None or any(bool(part.isnan().any()) for part in keys.full)
+        found = []
+        for seed in (0, 1):
+            keys = _Keys(None)
+            try:
+                with forwards({self._module(name): _Noise(self.widths[name], seed)}):
+                    self.part.compute(**{**arguments, self.cache_name: keys})
+            except _KnownError:
+                found.append(keys.full)
+        return len(found) < 2 or not all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def _takes_pairs(arguments: Mapping[str, Any]) -> bool:
+    mask = arguments.get(_MASK)
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
 
 
 class _Taker:
@@ -225,13 +246,24 @@ class _Taker:
 
 
 class _Blank:
-    """A forward that gives one number everywhere, without memory of its own."""
+    """A forward that gives zeros, without memory of its own."""
 
-    def __init__(self, width: int, number: float = 0.0) -> None:
-        self.width, self.number = width, number
+    def __init__(self, width: int) -> None:
+        self.width = width
 
     def __call__(self, inputs: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return inputs.new_full((), self.number).expand(*inputs.shape[:-1], self.width)
+        return inputs.new_zeros(()).expand(*inputs.shape[:-1], self.width)
+
+
+class _Noise:
+    """A forward that gives noise, to see where it comes out."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        self.width, self.seed = width, seed
+
+    def __call__(self, inputs: Tensor, *args: object, **kwargs: object) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(*inputs.shape[:-1], self.width, generator=generator).to(inputs)
 
 
 class _Giver:
@@ -265,24 +297,20 @@ class _Pick:
             return value
         if value.shape[0] not in (1, self.num_rows) or value.shape[1] != self.num_tokens:
             return value
-        return self._take(value, 1)
+        return self._take(value)
 
-    def _take(self, value: Tensor, dim: int) -> Tensor:
-        rows = value if value.shape[0] != self.num_rows else value[self.rows_R]
-        shape = [1] * value.ndim
-        shape[0], shape[dim] = self.places_RK.shape
-        return torch.take_along_dim(rows, self.places_RK.view(shape), dim)
+    def _take(self, value: Tensor) -> Tensor:
+        whole = value.expand(self.num_rows, *value.shape[1:])
+        return whole[self.rows_R[:, None], self.places_RK]
 
     def mask(self, mask: Tensor | None, keys: _Keys) -> Tensor | None:
-        """Return the mask of pairs (R, 1, K, S); where all see what is before them, none was needed for all tokens."""
+        """Return the mask of pairs (R, 1, K, S); of several tokens without one, each sees itself and what is before."""
         if mask is not None and mask.shape[2] == self.num_tokens:
-            return self._take(mask, 2)
+            return self._take(mask.transpose(1, 2)).transpose(1, 2)
         if mask is not None:
             return mask if mask.shape[0] != self.num_rows else mask[self.rows_R]
         if self.num_tokens == 1:
             return None
         assert keys.full is not None
-        num_keys = keys.full[0].shape[-2]
-        before = num_keys - self.num_tokens if keys.num_before else 0
-        places_S = torch.arange(num_keys, device=self.places_RK.device)
-        return (places_S <= self.places_RK[..., None] + before)[:, None]
+        places_S = torch.arange(keys.full[0].shape[-2], device=self.places_RK.device)
+        return (places_S <= self.places_RK[..., None])[:, None]

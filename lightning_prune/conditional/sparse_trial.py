@@ -38,12 +38,13 @@ def make_sparse(model: nn.Module, blocks: Sequence[SparseBlock]) -> None:
         model(**inputs)
         sparse = [block for block in blocks if block.is_sparse]
         reason = "its blocks hand no keys and values to a cache" if not sparse else ""
+        least = blocks[0].least
         for number, block in enumerate(blocks):
-            block.trial = number
+            block.trial, block.least = number, 1
         for call in _calls(model, inputs) if sparse else ():
             reason = reason or _why_not(call, sparse)
     for block in blocks:
-        block.is_sparse, block.trial = block.is_sparse and not reason, None
+        block.is_sparse, block.trial, block.least = block.is_sparse and not reason, None, least
     if reason:
         distributed.log(
             logger,

@@ -129,6 +129,8 @@ def exiting(model: Any, confidence: str = "learned") -> Any:
             if confidence == "learned":
                 part.sureness[:-1] = torch.randn(part.sureness[:-1].shape, generator=generator)
             part.threshold.fill_(0.8 if confidence == "learned" else 0.05)
+    for part in condition.parts.values():
+        part.sparse.least = 1
     return condition
 
 

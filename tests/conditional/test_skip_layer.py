@@ -166,7 +166,7 @@ def test_padding_does_not_count() -> None:
     assert condition.call.noted[router].item() == 0.5
     model(input_ids=ids, attention_mask=mask)
     assert condition.call.noted[router].item() == 1.0
-    model(ids, mask)
+    model.model(ids, mask)
     assert condition.call.noted[router].item() == 1.0
 
 
@@ -242,6 +242,37 @@ def test_saved_weights_bring_routers_and_ramp_back() -> None:
     again.begin(total_steps=40)
     assert again.wanted() == condition.wanted() == pytest.approx(0.85)
     assert torch.equal(again.routers[1].weight, condition.routers[1].weight)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one() -> None:
+    def start() -> tuple[Any, Any, torch.optim.Optimizer]:
+        model = tiny_llama(layers=3)
+        condition = insert(SkipLayer(), model)
+        return model.train(), condition, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def steps(model: Any, condition: Any, optimizer: torch.optim.Optimizer, num: int) -> None:
+        ids = token_windows(8)
+        for _ in range(num):
+            (model(input_ids=ids, labels=ids).loss + condition.loss()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            condition.after_step()
+
+    model, condition, optimizer = start()
+    condition.begin(total_steps=8)
+    torch.manual_seed(0)
+    steps(model, condition, optimizer, 1)
+    noise = torch.get_rng_state()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, condition, optimizer, 2)
+    again, other, restarted = start()
+    again.load_state_dict(saved[0])
+    restarted.load_state_dict(saved[1])
+    other.begin(total_steps=8)
+    torch.set_rng_state(noise)
+    steps(again, other, restarted, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_generation_runs_with_its_cache() -> None:

@@ -20,6 +20,7 @@ def inserted(name: str, seed: int = 0) -> tuple[Any, Any]:
     for router in condition.routers:
         with torch.no_grad():
             router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
+        router.sparse.least = 1
     return model, condition
 
 
@@ -116,6 +117,26 @@ def test_a_fused_projection_is_computed_once() -> None:
         model(input_ids=tokens(1, 16))
     assert seen == [16]
     assert condition.routers[0].sparse.shared == ("ln_1", "attn.c_attn")
+
+
+def test_what_leads_where_is_found() -> None:
+    sparse = inserted("llama")[1].routers[0].sparse
+    assert sparse.query_only == ("self_attn.q_proj",)
+    assert sparse.keys_only == ("self_attn.k_proj", "self_attn.v_proj")
+    assert sparse.shared == ("input_layernorm",)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("least", "num_computed"), [(1, [4]), (16, [8]), (4, [4]), (5, [8])])
+def test_few_tokens_that_skip_are_computed_beside_the_others(least: int, num_computed: list[int]) -> None:
+    model, condition = inserted("llama")
+    sparse = condition.routers[0].sparse
+    sparse.least = least
+    half = torch.arange(8)[None] % 2 == 0
+    model.model.layers[0].forward = lambda *args, **kwargs: sparse(half, args, kwargs)
+    with rows_of(model.model.layers[0].mlp.up_proj) as seen:
+        model(input_ids=tokens(1, 8))
+    assert seen == num_computed
 
 
 def test_a_state_in_place_of_keys_is_mixed_and_said(caplog: pytest.LogCaptureFixture) -> None:
