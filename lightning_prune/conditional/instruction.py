@@ -270,7 +270,7 @@ class InstructionCondition(Condition):
         features_BD = distributed.gather_rows(torch.cat([one.features.float() for one in seen]))
         means = [distributed.gather_rows(torch.cat(parts)) for parts in zip(*importance, strict=True)]
         if task_of_sequence is None:
-            task_B = clusters(features_BD, options.num_clusters, seed=self.options.seed)
+            task_B = clusters(features_BD, options.num_clusters)
         else:
             task_B = distributed.gather_rows(task_of_sequence.to(features_BD.device))
         error = fit_head(self.predictor.head, features_BD, means, task_B, num_steps=options.num_steps)

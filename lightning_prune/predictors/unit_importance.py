@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from lightning_prune import distributed
 from lightning_prune.predictors.head import ScoreHead, standardised
 from lightning_prune.predictors.unit_masks import columns_of_units, reader_of
-from lightning_prune.structured.groups import Group
+from lightning_prune.structured.groups import Group, Member
 
 __all__ = ["UnitImportance", "clusters", "fit_head"]
 
 
 class UnitImportance:
-    """Collects, sequence by sequence, how much each unit matters.
+    """Collects, sequence by sequence, how much each unit matters; made collectively where weights are sharded.
 
     Args:
         model: what is measured.
@@ -37,6 +37,11 @@ class UnitImportance:
         self.model, self.groups = model, tuple(groups)
         self._squares: list[Tensor | None] = [None] * len(self.groups)
         self._counted: Tensor | None = None
+        self._norms = {
+            (number, idx): _column_norms(reader_of(model, member)[1], member)
+            for number, group in enumerate(self.groups)
+            for idx, member in enumerate(group.readers)
+        }
 
     @contextmanager
     def counting(self, attention_BT: Tensor) -> Iterator[None]:
@@ -45,8 +50,8 @@ class UnitImportance:
         handles = []
         for number, group in enumerate(self.groups):
             for idx, member in enumerate(group.readers):
-                reader, weight = reader_of(self.model, member)
-                handles.append(reader.register_forward_pre_hook(self._reading(number, idx, weight.detach())))
+                reader, _ = reader_of(self.model, member)
+                handles.append(reader.register_forward_pre_hook(self._reading(number, idx)))
         try:
             yield
         finally:
@@ -57,9 +62,8 @@ class UnitImportance:
         """Return the importance of each group's units to each sequence of the last call, (B, U), float32."""
         return [square.sqrt() for square in self._squares if square is not None]
 
-    def _reading(self, number: int, idx: int, weight: Tensor) -> Any:
-        group = self.groups[number]
-        norms_I = weight.float().square().sum(dim=1 - group.readers[idx].dim)
+    def _reading(self, number: int, idx: int) -> Any:
+        group, norms_I = self.groups[number], self._norms[number, idx]
         unit_I = columns_of_units(group, len(norms_I))[idx].to(norms_I.device)
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -74,14 +78,20 @@ class UnitImportance:
         return hook
 
 
-def clusters(features_BD: Tensor, num_clusters: int, *, seed: int, num_iterations: int = 25) -> Tensor:
+def _column_norms(weight: Tensor, member: Member) -> Tensor:
+    """Return the squared norm of what reads each input, (I,), also of a sharded weight; collective then."""
+    whole = distributed.gather(distributed.local(weight.detach()), weight)
+    return whole.float().square().sum(dim=1 - member.dim)
+
+
+def clusters(features_BD: Tensor, num_clusters: int, *, num_iterations: int = 25) -> Tensor:
     """Return the cluster of each instruction, (B,), by k-means over standardised features.
 
-    The first centre is drawn, each further one is the instruction farthest from those before: rare tasks get one too.
+    The first centre is the instruction farthest from the mean, each further one is farthest from those before: rare
+    tasks get one too, and the order of the instructions does not matter.
     """
     scaled_BD = (features_BD - features_BD.mean(0)) / features_BD.std(0).clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    centres = scaled_BD[int(torch.randint(len(scaled_BD), (1,), generator=generator))][None]
+    centres = scaled_BD[scaled_BD.norm(dim=-1).argmax()][None]
     while len(centres) < min(num_clusters, len(scaled_BD)):
         distance_B = torch.cdist(scaled_BD, centres).amin(-1)
         centres = torch.cat((centres, scaled_BD[distance_B.argmax()][None]))
