@@ -310,7 +310,9 @@ def survives(mutation: Mutation) -> bool:
         code = subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
         if code == pytest.ExitCode.NO_TESTS_COLLECTED:
             raise SystemExit(f"no test is chosen by {mutation.tests!r}; bring the list up to date")
-        return code == 0
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise SystemExit(f"{mutation.tests!r} could not run (pytest ends with {code}); mend {mutation.promise!r}")
+        return code == pytest.ExitCode.OK
     finally:
         path.write_text(original, encoding="utf-8")
 

@@ -5,8 +5,8 @@ Run:  python .ci/random_mutants.py [--num 100] [--seed N] [--jobs 2] [--out FILE
 A mutant is one change of the syntax tree of one file: a comparison turned (`<` to `<=`, `==` to `!=`, `is` to
 `is not`, `in` to `not in`), a sign turned (`+` to `-`, a minus dropped), a call whose result is not used dropped, or a
 `raise` dropped. It is tried in a copy of the checkout, against the tests that mirror its file and those that import it.
-Without `--seed` one is drawn and printed. What survives is shown as a difference, to be read by a person: a change that
-alters nothing is no gap in the tests.
+Without `--seed` one is drawn and printed. What survives, and what no test had noticed when the time was over, is shown
+as a difference, to be read by a person: a change that alters nothing is no gap in the tests.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def fresh_copy(folder: Path) -> Path:
 
 
 def run_tests(folder: Path, tests: list[str]) -> tuple[str, float]:
-    """Run tests in a copy; return 'noticed', 'SURVIVED' or 'noticed (time)', and the seconds."""
+    """Run tests in a copy; return 'noticed', 'SURVIVED' or 'OUT OF TIME', and the seconds."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
@@ -186,7 +186,7 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[str, float]:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False, timeout=TIMEOUT_S)
         outcome = "SURVIVED" if done.returncode == 0 else "noticed"
     except subprocess.TimeoutExpired:
-        outcome = "noticed (time)"
+        outcome = "OUT OF TIME"
     return outcome, time.monotonic() - began
 
 
@@ -227,9 +227,9 @@ def main() -> int:
             copies.put(fresh_copy(Path(place, str(number))))
         with ThreadPoolExecutor(options.jobs) as pool:
             mutants = list(pool.map(lambda drawn: try_mutant(*drawn, copies), chosen))
-    survived = [mutant for mutant in mutants if mutant.outcome == "SURVIVED"]
+    survived = [mutant for mutant in mutants if mutant.outcome != "noticed"]
     for mutant in survived:
-        print(f"\n{mutant.file}:{mutant.line} ({mutant.kind})\n{mutant.difference}")
+        print(f"\n{mutant.file}:{mutant.line} ({mutant.kind}, {mutant.outcome})\n{mutant.difference}")
     print(f"\n{len(mutants) - len(survived)} of {len(mutants)} noticed, seed {seed}")
     if options.out is not None:
         result = {"seed": seed, "num": len(mutants), "mutants": [asdict(mutant) for mutant in mutants]}

@@ -77,3 +77,8 @@ def test_the_gradient_reaches_the_router_and_every_expert() -> None:
 def test_a_capacity_that_experts_cannot_have_is_refused(capacity: float) -> None:
     with pytest.raises(ValueError, match=r"capacity is how many of the 4 experts.*in \(0, 4\], got"):
         ExpertChoice(num_experts=4, capacity=capacity)
+
+
+def test_without_an_expert_there_is_nothing_to_choose() -> None:
+    with pytest.raises(ValueError, match="num_experts must be 1 or more, got 0"):
+        ExpertChoice(num_experts=0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_prune.integrations.lightning_checkpoint import PrunedCheckpoint
+from lightning_prune.integrations.lightning_checkpoint import PrunedCheckpoint, check_state
 from lightning_prune.integrations.lightning_trainer import PruningCallback
 from tests.integrations.lightning_nets import Net, cubic, data, net_trainer, zeros
 
@@ -103,3 +103,13 @@ def test_whether_the_masks_are_final_is_a_metric(tmp_path: Path) -> None:
     callbacks = (PruningCallback(cubic()), Noting(tmp_path))
     net_trainer(*callbacks, enable_checkpointing=True).fit(Net(), data(), data())
     assert seen == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_state_that_is_not_whole_or_of_another_step_is_refused() -> None:
+    whole = {"sparsifier": {}, "evaluations": []}
+    check_state(whole, {"global_step": 7})
+    check_state(whole | {"global_step": 7}, {"global_step": 7})
+    with pytest.raises(ValueError, match="belongs to step 5, the checkpoint to step 7"):
+        check_state(whole | {"global_step": 5}, {"global_step": 7})
+    with pytest.raises(ValueError, match=r"lacks \['evaluations'\]; it is damaged"):
+        check_state({"sparsifier": {}}, {"global_step": 7})

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.structured.build import field_edits
-from lightning_prune.structured.groups import Cut, Group
+from lightning_prune.structured.build import build_smaller, field_edits
+from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.structure import Stack, Structure
+from tests.tiny_models import tiny_llama
 
 # Four blocks of which the first two are dense; a field counts those.
 STACK = Stack(("layers",), "depth", ("kinds", "widths"), 4, counters={0: ("dense",), 1: ("dense",)})
@@ -54,3 +56,9 @@ def test_only_blocks_that_stay_say_how_wide_they_are() -> None:
 def test_a_list_has_the_width_of_every_block_that_stays() -> None:
     assert edits(None, 1, field="widths") == {"widths": [8, 6, 8, 8]}
     assert edits((1, 3), 1, field="widths")["widths"] == [6, 8]
+
+
+def test_blocks_that_do_not_exist_cannot_stay() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"must be ascending numbers from 0 to 1, .* got \[1, 0\]"):
+        build_smaller(model, discover(model, kinds=("ffn",)), Plan(cuts=(), layers=(1, 0)))
