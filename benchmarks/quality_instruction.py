@@ -40,6 +40,7 @@ from lightning_prune.structured.structure import Stack
 BATCH = 16
 PARENT_STEPS, ARM_STEPS = 1000, 300
 PARENT_RATE, ARM_RATE = 4e-3, 1e-3
+HEAD_TIMES = Instruction.rate  # of the rate, for predictors
 NUM_HELD_OUT = 32  # sequences of each kind
 NUM_MEASURED = 16  # batches from which masks are made
 LIMITS = {0.33: 0.015, 0.125: 0.04}  # nats by which the conditioned model must be better than each fixed one
@@ -75,12 +76,16 @@ class Bench:
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+        own, added = [], []
+        for name, parameter in model.named_parameters():
+            (added if name.startswith("mask_predictor") else own).append(parameter)
+        groups = [{"params": own, "times": 1.0}, {"params": added, "times": HEAD_TIMES}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         warmup = max(1, num_steps // 20)
         for step in trange(num_steps, desc=title, mininterval=10):
             factor = min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup))
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * factor * group["times"]
             model(**self.data.train(self.seed, first + step, BATCH)).loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -130,7 +135,7 @@ def insert(model: nn.Module, keep: float, encoder: Encoder, *, start: Start | No
     """Put a predictor into a model, with the options of the recipe `instruction/sft`."""
     reads = Reads(dropout=0.2 if isinstance(encoder, OwnLayers) else 0.0)
     predictor = Predictor(encoder=encoder, hidden=64)
-    options = Instruction(budget=Budget(keep=keep), predictor=predictor, reads=reads, start=start, rate=1.0)
+    options = Instruction(budget=Budget(keep=keep), predictor=predictor, reads=reads, start=start)
     return options.insert(model, Stack((), "", (), 3))
 
 

@@ -104,6 +104,6 @@ class CollapseGuard:
         return (
             f"the masks no longer depend on the instruction: two instructions share {found.overlap:.0%} of their units "
             f"and swapping them costs {found.swap_cost:.3f} nats per token. This model is one fixed mask. Start from "
-            "importance (start: {num_steps: 150}), lower the spread of the head or raise its rate, and look whether "
+            "importance (start: {num_steps: 400}), lower the spread of the head or raise its rate, and look whether "
             "the instructions differ"
         )
