@@ -134,9 +134,16 @@ MUTATIONS = (
     Mutation(
         "the heavy branch gives up what the light one takes over",
         f"{ROOM}/heavy_light.py",
-        "    heavy.data.index_fill_(dim, positions, 0)",
+        "    heavy.data.index_copy_(dim, positions, heavy.data.index_select(dim, positions) * NEXT_TO_NOTHING)",
         "    pass",
         f"{TESTS}/test_heavy_light.py -k sum_of_both",
+    ),
+    Mutation(
+        "an adapter is not held as zeros of a pruned model",
+        f"{ROOM}/conditional_adapter.py",
+        "NEXT_TO_NOTHING * torch.randn(width, inner, generator=generator)",
+        "torch.zeros(width, inner)",
+        "tests/integrations/instruction/test_token_routers.py -k bare_loop",
     ),
     Mutation(
         "what the light branch learned goes back",

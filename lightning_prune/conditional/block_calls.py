@@ -235,7 +235,8 @@ class Padding:
             return  # its mask is that of other tokens
         mask = next((arguments[name] for name in MASKS if name in arguments), None)
         if mask is not self._mask:
-            self._mask, self._keep = mask, padding.kept_by(mask)
+            is_empty = isinstance(mask, Tensor) and mask.is_floating_point() and not bool(mask.any())
+            self._mask, self._keep = mask, None if is_empty else padding.kept_by(mask)  # zeros are added to scores
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return x_BTD of what may be flat."""

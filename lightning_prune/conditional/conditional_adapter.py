@@ -4,7 +4,7 @@
 
 with m the relaxed choice of the k tokens and zero elsewhere. The chosen tokens attend to each other alone ("k to k" of
 the paper). Only adapters, routers and the gains of norms learn. At first every token is chosen with m = 1 and the
-adapters give zero, so that the model computes what it did.
+adapters give next to nothing, so that the model computes what it did.
 
 Source: Lei et al., Conditional Adapters: Parameter-efficient Transfer Learning with Fast Inference, arXiv 2304.04947.
     Ours: the router and the adapter read inputs of unit root mean square; the choice narrows over a ramp instead of a
@@ -40,7 +40,7 @@ from lightning_prune.conditional.block_calls import (
 )
 from lightning_prune.conditional.chosen_tokens import OnChosen, check_on_chosen
 from lightning_prune.conditional.method import ConditionMethod
-from lightning_prune.conditional.token_router import RoutedTokens, TokenRouter, check_share
+from lightning_prune.conditional.token_router import NEXT_TO_NOTHING, RoutedTokens, TokenRouter, check_share
 from lightning_prune.structured.structure import Stack
 
 __all__ = ["Adapter", "ConditionalAdapter"]
@@ -49,13 +49,13 @@ _IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 class Adapter(nn.Module):
-    """Two matrices with a nonlinearity between them; gives zero at first.
+    """Two matrices with a nonlinearity between them; gives next to nothing at first.
 
     Args:
         width: D.
         inner: A.
         like: a weight whose device and dtype it takes.
-        seed: of the first matrix.
+        seed: of both.
     """
 
     def __init__(self, width: int, inner: int, *, like: Tensor, seed: int) -> None:
@@ -66,7 +66,7 @@ class Adapter(nn.Module):
         drawn_AD = torch.randn(inner, width, generator=generator) / width**0.5
         with torch.no_grad():
             self.down.weight.copy_(drawn_AD)
-            self.up.weight.zero_()
+            self.up.weight.copy_(NEXT_TO_NOTHING * torch.randn(width, inner, generator=generator))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the update of every token, shaped as they are."""

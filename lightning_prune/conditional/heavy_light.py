@@ -4,8 +4,8 @@
 
 with m the relaxed choice of the k tokens and zero elsewhere. The heavy branch is the model's own feed-forward part, the
 light one a copy cut to its best units, by the product of the norms of what reads and writes them. What the light branch
-takes over is set to zero in the output projection of the heavy one, which can learn it again: so with all tokens chosen
-and m = 1, as at first, the model computes what it did.
+takes over is next to nothing in the output projection of the heavy one, which can learn it again: so with all tokens
+chosen and m = 1, as at first, the model computes what it did.
 
 Source: Ainslie et al., CoLT5: Faster Long-Range Transformers with Conditional Computation, arXiv 2303.09752, section 3.
     Ours: it starts from a trained dense model; the choice itself is exact, not iterated, and narrows over a ramp; the
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_prune.conditional.block_calls import inserting, noting, register
 from lightning_prune.conditional.method import ConditionMethod
 from lightning_prune.conditional.routed_ffn import Part, RoutedFFN, add_rows, ffn_parts
-from lightning_prune.conditional.token_router import RoutedTokens, TokenRouter, check_share
+from lightning_prune.conditional.token_router import NEXT_TO_NOTHING, RoutedTokens, TokenRouter, check_share
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.structure import Stack
@@ -118,7 +118,7 @@ class _HeavyLightFFN(RoutedFFN):
 def _hand_over(
     model: nn.Module, part: Part, units: tuple[int, ...], light: nn.Sequential, names: dict[int, str], undo: ExitStack
 ) -> None:
-    """Set to zero in the heavy branch what the light one adds; undone, the light branch's share comes back to it."""
+    """Take out of the heavy branch what the light one adds; undone, the light branch's share comes back to it."""
     for member in part.group.readers:
         owner, _, tensor = member.name.rpartition(".")
         place, module = next((i, m) for i, m in enumerate(part.modules) if f"{owner}.".startswith(f"{names[id(m)]}."))
@@ -132,7 +132,7 @@ def _hand_over(
 
 def _move(heavy: Tensor, light: Tensor, dim: int, positions: Tensor, undo: ExitStack) -> None:
     positions = positions.to(heavy.device)
-    heavy.data.index_fill_(dim, positions, 0)
+    heavy.data.index_copy_(dim, positions, heavy.data.index_select(dim, positions) * NEXT_TO_NOTHING)
     undo.callback(lambda: heavy.data.index_add_(dim, positions, light.detach().to(heavy.dtype)))
 
 

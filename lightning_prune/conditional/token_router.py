@@ -29,8 +29,10 @@ from lightning_prune.calls import in_backward
 from lightning_prune.conditional.method import Condition
 from lightning_prune.predictors.soft_top_k import kept, soft_top_k
 
-__all__ = ["RoutedTokens", "TokenRouter", "check_share"]
+__all__ = ["NEXT_TO_NOTHING", "RoutedTokens", "TokenRouter", "check_share"]
 
+# What weights start from that are to add nothing at first: exact zeros would be held as those of a pruned model.
+NEXT_TO_NOTHING = 2.0**-24
 MOMENTUM = 0.9  # of the running estimates, per optimizer step
 
 

@@ -77,3 +77,14 @@ def test_flat_tokens_get_their_sequences_back() -> None:
     known = Padding()
     known.shape = (2, 3)
     assert known.tokens(torch.zeros(6, 4)).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_a_mask_that_is_added_to_scores_hides_nothing_where_it_is_zero(is_padded: bool) -> None:
+    added = torch.zeros(2, 1, 1, 9).masked_fill(~KEEP[:, None, None] & is_padded, -1e9)
+    known = Padding()
+    known.note({"attention_mask": added})
+    keep = known.keep(torch.zeros(2, 9, 4))
+    assert keep is not None if is_padded else keep is None
+    if keep is not None:
+        assert torch.equal(keep, KEEP)
