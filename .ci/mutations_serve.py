@@ -85,7 +85,7 @@ MUTATIONS = (
     Mutation(
         "a predictor that was not trained selects nothing",
         f"{ADAPTERS}/serving.py",
-        "        if not int(predictor.num_steps) and not bool(predictor.head.outer.bias.any()):",
+        "        if not predictor.is_trained:",
         "        if False:",
         f"{TESTS}/test_serving.py -k before_training",
     ),

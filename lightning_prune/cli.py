@@ -275,6 +275,7 @@ def _select(options: argparse.Namespace, rest: list[str]) -> int:
             options.out,
             instruction=options.instruction,
             task=options.task,
+            texts=options.texts,
             keep=options.keep,
             device=options.device,
             trust_remote_code=options.trust_remote_code,

@@ -126,8 +126,11 @@ def add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder with a model and its predictor")
     parser.add_argument("--instruction", help="the text that chooses the small model")
     parser.add_argument("--task", help="in place of it: the name of a task that is stored in the folder")
+    parser.add_argument(
+        "--texts", help="or, for a model without a predictor: a file or folder of calibration texts of the task"
+    )
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--keep", type=float, help="share of the units, for models trained over a range")
+    parser.add_argument("--keep", type=float, help="share of the units; with --texts, or for models of a range")
     _add_loading(parser)
 
 

@@ -6,7 +6,7 @@ from lightning_prune import registry
 
 __all__ = ["OWN_SECTIONS", "RUN_SECTIONS", "refuse", "split"]
 
-OWN_SECTIONS = ("prune", "shrink", "recover", "evaluate", "export", "report", "seed")
+OWN_SECTIONS = ("prune", "condition", "shrink", "recover", "evaluate", "export", "report", "seed")
 RUN_SECTIONS = ("trainer", "model", "data")
 
 

@@ -74,6 +74,11 @@ class Recipe:
             raise ValueError(
                 "the section prune is missing; a recipe prunes, has shrink.method, has a condition, or recovers"
             )
+        if self.evaluate is not None and self.evaluate.mask_from == "task" and self.condition is None:
+            raise ValueError(
+                "evaluate.mask_from: task reads the masks of a model that chooses its sub-network, and there is no "
+                "section condition; leave it out"
+            )
         if form == "adapter" and (self.recover is None or self.recover.lora is None):
             raise ValueError("export.format adapter writes LoRA adapters; only recover.lora makes such")
 

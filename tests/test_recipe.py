@@ -341,6 +341,8 @@ BAD = [
     (BASE + "evaluate: {tasks: [a], at: []}", "evaluate has neither at nor every"),
     (BASE + "evaluate: {tasks: [a], every: 0}", "evaluate.every must be 1 or more, got 0"),
     (BASE + "evaluate: {tasks: [a], at: [middle]}", "evaluate.at[0] must be one of start, end, got 'middle'"),
+    (BASE + "evaluate: {tasks: [a], mask_from: task}", "there is no section condition"),
+    (BASE + "evaluate: {tasks: [a], instruction: sum up}", "set evaluate.mask_from: task too"),
     (
         BASE + "export: {format: zip}",
         "export.format must be one of dense, huggingface, per_layer, adapter, conditional, got 'zip'",

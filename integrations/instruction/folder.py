@@ -131,10 +131,15 @@ def open_any(name: str, *, device: str = "auto", trust_remote_code: bool = False
     """Open a model and its tokenizer; with its predictor at work, if there is one in the folder.
 
     Raises:
-        ValueError: if it cannot be opened.
+        ValueError: if it cannot be opened, or the predictor was not trained.
     """
     if is_conditional(name):
-        model, _, tokenizer = open_conditional(name, device=device, trust_remote_code=trust_remote_code)
+        model, condition, tokenizer = open_conditional(name, device=device, trust_remote_code=trust_remote_code)
+        if not condition.predictor.is_trained:
+            raise ValueError(
+                f"the predictor in {name} was not trained, so its masks would be drawn by chance; write the small "
+                "model of a named task with lightning-prune select, and open that"
+            )
         return model, tokenizer
     return load_model(name, device=device, trust_remote_code=trust_remote_code)
 

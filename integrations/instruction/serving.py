@@ -203,7 +203,7 @@ class InstructionModel:
     def _scores(self, keys: Sequence[Any]) -> list[Tensor]:
         """Return the scores of instructions, given as tokens, (B, U) for each group."""
         predictor = self.condition.predictor
-        if not int(predictor.num_steps) and not bool(predictor.head.outer.bias.any()):
+        if not predictor.is_trained:
             known = f"; its tasks are {', '.join(self.tasks)}" if self.tasks else ""
             raise ValueError(
                 f"the predictor of this model was not trained, so it would choose units by chance; train it with a "

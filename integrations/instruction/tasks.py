@@ -4,6 +4,7 @@ The cheap sibling of a trained predictor, served in the same way: `select(task=N
 by an instruction.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def model_of_tasks(
     *,
     budget: Budget,
     max_tokens: int = 512,
+    max_sequences: int = 128,
     batch_size: int = 8,
     cache_bytes: int = CACHE_BYTES,
 ) -> InstructionModel:
@@ -40,14 +42,15 @@ def model_of_tasks(
         tokenizer: of the model.
         texts: name of the task -> calibration texts.
         budget: how many FFN units stay; with `keep_from`, `select` takes any share of that range.
-        max_tokens: of a text, from its beginning.
-        batch_size: texts at a time.
+        max_tokens: of a sequence; longer texts are cut into several.
+        max_sequences: of a task, from its beginning.
+        batch_size: sequences at a time.
         cache_bytes: see `InstructionModel`.
 
     Raises:
         ValueError: if there is no task, a task has no text, or the model's units cannot be masked.
     """
-    at_least(1, max_tokens=max_tokens, batch_size=batch_size)
+    at_least(1, max_tokens=max_tokens, max_sequences=max_sequences, batch_size=batch_size)
     if not texts:
         raise ValueError("there is no task; give the name of each with some of its texts")
     for name, documents in texts.items():
@@ -61,17 +64,23 @@ def model_of_tasks(
     served = InstructionModel(condition, tokenizer, cache_bytes=cache_bytes)
     with condition.whole():
         for name, documents in texts.items():
-            batches = _batches(documents, tokenizer, max_tokens, batch_size, model.device)
+            pieces = list(itertools.islice(_pieces(documents, tokenizer, max_tokens), max_sequences))
+            batches = _batches(pieces, batch_size, model.device)
             served.tasks[name] = [one.cpu() for one in task_scores(model, served.sub_models.groups, batches)]
     return served
 
 
-def _batches(
-    documents: Sequence[str], tokenizer: Any, max_tokens: int, batch_size: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Yield texts, padded on the right; those of one length together."""
-    tokens = [tokenizer(text)["input_ids"][:max_tokens] for text in documents if text.strip()]
-    tokens.sort(key=len)
-    for start in range(0, len(tokens), batch_size):
-        ids, there = padded(tokens[start : start + batch_size], pad=0, side="right")
+def _pieces(documents: Sequence[str], tokenizer: Any, max_tokens: int) -> Iterator[list[int]]:
+    """Yield the tokens of texts, in pieces."""
+    for text in documents:
+        tokens = tokenizer(text, verbose=False)["input_ids"] if text.strip() else []
+        for start in range(0, len(tokens), max_tokens):
+            yield tokens[start : start + max_tokens]
+
+
+def _batches(pieces: Sequence[list[int]], batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Yield pieces of text, padded on the right; those of one length together."""
+    by_length = sorted(pieces, key=len)
+    for start in range(0, len(by_length), batch_size):
+        ids, there = padded(by_length[start : start + batch_size], pad=0, side="right")
         yield {"input_ids": ids.to(device), "attention_mask": there.to(device)}

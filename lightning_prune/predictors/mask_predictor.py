@@ -58,6 +58,11 @@ class MaskPredictor(nn.Module):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ramp_steps", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def is_trained(self) -> bool:
+        """Return whether it was trained, or started from importance; before, it chooses by chance."""
+        return bool(self.num_steps) or bool(self.head.outer.bias.any())
+
     def scores(self, ids_BT: Tensor, attention_BT: Tensor) -> list[Tensor]:
         """Return the scores of each group, (B, U), float32."""
         scores: list[Tensor] = self.head(self.encoder(ids_BT, attention_BT))

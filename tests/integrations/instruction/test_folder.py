@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition, Predictor
 from lightning_prune.integrations.instruction.folder import (
     is_conditional,
+    open_any,
     open_conditional,
     read_tasks,
     save_conditional,
@@ -148,3 +149,18 @@ def test_an_altered_description_is_refused(written: Path, change: Any, said: str
     file.write_text(file.read_text()[:-4] + "]")
     with pytest.raises(ValueError, match=r"is damaged|has format"):
         open_conditional(written)
+
+
+def test_evaluation_opens_either_kind_of_folder(written: Path, tmp_path: Path) -> None:
+    model, tokenizer = open_any(str(written), device="cpu")
+    assert hasattr(model, "mask_predictor")
+    assert tokenizer is not None
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    model, tokenizer = open_any(str(tmp_path / "plain"), device="cpu")
+    assert not hasattr(model, "mask_predictor")
+    untrained = conditioned()
+    untrained.predictor.num_steps.zero_()
+    untrained.predictor.head.outer.bias.data.zero_()
+    folder = save_conditional(untrained, tmp_path / "untrained")
+    with pytest.raises(ValueError, match="was not trained"):
+        open_any(str(folder), device="cpu")

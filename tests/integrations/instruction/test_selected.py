@@ -63,6 +63,7 @@ def test_the_folder_opens_in_a_process_without_the_library(folder: Path, tmp_pat
     ("asked", "said"),
     [
         ([], "either --instruction or --task"),
+        (["--texts", "somewhere", "--keep", "0.5"], "has a predictor"),
         (["--instruction", "abc", "--task", "sums"], "either --instruction or --task"),
         (["--instruction", " "], "the prompt is empty"),
         (["--task", "sums"], "no task 'sums'"),
@@ -89,3 +90,24 @@ def test_a_folder_without_a_predictor_and_a_taken_one_are_refused(
     assert "holds no instruction/instruction.json" in capsys.readouterr().err
     assert cli.main(["select", "--model", str(folder), "--out", str(plain), *asked]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_command_chooses_by_texts_of_a_task_without_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, out = write_model_folder(tmp_path / "plain"), tmp_path / "out"
+    texts = tmp_path / "sums.txt"
+    texts.write_text("1 + 1 = 2\n12 + 3 = 15\n" * 9)
+    asked = ["select", "--model", str(plain), "--out", str(out), "--texts", str(texts), "--device", "cpu"]
+    assert cli.main(asked) == 2
+    assert "--texts needs --keep" in capsys.readouterr().err
+    assert cli.main([*asked, "--keep", "0.5"]) == 0
+    small = AutoModelForCausalLM.from_pretrained(out)
+    assert small.config.intermediate_size == 24
+    whole = AutoModelForCausalLM.from_pretrained(plain).state_dict()
+    for name, tensor in small.state_dict().items():
+        if name.endswith("up_proj.weight"):
+            rows = {tuple(row.tolist()) for row in whole[name]}
+            assert all(tuple(row.tolist()) in rows for row in tensor)  # nothing was trained
+    note = json.loads((out / "lightning_prune.json").read_text())
+    assert note["plan"]["method"]["texts"] == str(texts)
