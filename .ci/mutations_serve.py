@@ -120,7 +120,7 @@ MUTATIONS = (
     Mutation(
         "a predictor beside other weights is refused",
         f"{ADAPTERS}/folder.py",
-        '        if about["files"].get(name) != found_files.get(name):',
+        "        if found.get(name) != digests[name]:",
         "        if False:",
         f"{TESTS}/test_folder.py -k beside_the_predictor",
     ),

@@ -11,7 +11,7 @@ they no longer compute, so the digests are checked when a folder is opened.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -72,7 +72,7 @@ def save_conditional(
         _write(room / _PREDICTOR, predictor)
         if tasks:
             _write(room / _TASKS, {f"{task}/{idx}": one for task in tasks for idx, one in enumerate(tasks[task])})
-        about = _about(condition) | {"files": _digests(partial)}
+        about = _about(condition) | {"files": _digests(partial, sorted(partial.rglob("*.safetensors")))}
         (room / _ABOUT).write_text(json.dumps(sealed(about), indent=2) + "\n", encoding="utf-8")
 
     return export_huggingface(
@@ -109,6 +109,7 @@ def open_conditional(
     """
     path = Path(folder).expanduser()
     about = _read_about(path)
+    _check_files(path, about["files"])
     options: Instruction = read(ConditionMethod, about["options"], "options")
     model, tokenizer = load_model(str(path), device=device, trust_remote_code=trust_remote_code)
     structure = discover(model, kinds=list(options.kinds))
@@ -120,9 +121,7 @@ def open_conditional(
             f"({len(found)}): open it with the versions of this library and of Transformers that wrote it"
         )
     condition.predictor.load_state_dict(load_file(path / ROOM / _PREDICTOR))
-    use_tokenizer: Callable[[Any], None] | None = getattr(condition.predictor.encoder, "use_tokenizer", None)
-    if use_tokenizer is not None:
-        use_tokenizer(tokenizer)
+    condition.predictor.encoder.use_tokenizer(tokenizer)
     model.eval()
     return model, condition, tokenizer
 
@@ -147,9 +146,9 @@ def open_any(name: str, *, device: str = "auto", trust_remote_code: bool = False
 def read_tasks(folder: str | PathLike[str]) -> dict[str, list[Tensor]]:
     """Return the scores of the units for each named task of a folder, (U,) for each group."""
     path = Path(folder).expanduser()
-    _read_about(path)
-    tasks: dict[str, dict[int, Tensor]] = {}
     file = path / ROOM / _TASKS
+    _check_files(path, {name: one for name, one in _read_about(path)["files"].items() if path / name == file})
+    tasks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in load_file(file).items() if file.is_file() else ():
         task, _, idx = name.rpartition("/")
         tasks.setdefault(task, {})[int(idx)] = tensor
@@ -176,10 +175,10 @@ def _about(condition: InstructionCondition) -> dict[str, Any]:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    """Return what stands in a folder's `instruction.json`, after all files of weights were compared with it.
+    """Return what stands in a folder's `instruction.json`.
 
     Raises:
-        ValueError: if the file is not there, of another version or damaged, or files of weights are others.
+        ValueError: if the file is not there, of another version or damaged.
     """
     file = path / ROOM / _ABOUT
     try:
@@ -195,24 +194,31 @@ def _read_about(path: Path) -> dict[str, Any]:
         found = about.get("format") if isinstance(about, dict) else None
         raise ValueError(f"{file} has format {found!r}, and this version reads {FORMAT}; use the version that wrote it")
     check_seal(about, what=str(file), cure="copy the folder again")
-    found_files = _digests(path)
-    for name in sorted({*about["files"], *found_files}):
-        if about["files"].get(name) != found_files.get(name):
-            what = "is missing" if name not in found_files else "is not the file that was written"
+    return about
+
+
+def _check_files(path: Path, digests: Mapping[str, str]) -> None:
+    """Check that files of weights are those that were written.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    found = _digests(path, [path / name for name in digests if (path / name).is_file()])
+    for name in sorted(digests):
+        if found.get(name) != digests[name]:
+            what = "is missing" if name not in found else "is not the file that was written"
             raise ValueError(
                 f"{path / name} {what}: the predictor was trained with other weights, or a copy is damaged; copy the "
                 "folder again, or train the predictor with these weights"
             )
-    return about
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
-def _digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of weights, by its name in the folder."""
-    files = sorted([*path.glob("*.safetensors"), *(path / ROOM).glob("*.safetensors")])
+def _digests(path: Path, files: Sequence[Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by their names in a folder."""
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(_digest, files))
     return {file.relative_to(path).as_posix(): one for file, one in zip(files, found, strict=True)}

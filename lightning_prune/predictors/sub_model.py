@@ -61,10 +61,9 @@ class Selection:
     @functools.cached_property
     def digest(self) -> str:
         """Return what tells this selection from others, as text; two masks that are equal have one."""
-        sha = hashlib.sha256()
-        for kept_K, scale_K in zip(self.units, self.scales, strict=True):
-            sha.update(kept_K.cpu().numpy().tobytes())
-            sha.update(scale_K.cpu().numpy().tobytes())
+        sha = hashlib.sha256(repr(self.sizes).encode())
+        for parts in (self.units, self.scales):
+            sha.update(torch.cat(parts).cpu().numpy().tobytes())
         return sha.hexdigest()
 
     def plan(self, groups: Sequence[Group], **method: object) -> Plan:
