@@ -51,7 +51,7 @@ def decoding(model: Any, prompt: Tensor, num_tokens: int) -> Callable[[], object
         with torch.no_grad():
             for _ in range(num_tokens):
                 model(token, past_key_values=cache, use_cache=True)
-        cache.crop(prompt.shape[1])
+        cache.crop(-num_tokens)
 
     return work
 

@@ -22,10 +22,13 @@ pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
+from lightning_prune.conditional.instruction import Instruction
 from lightning_prune.integrations import lm_eval_harness
 from lightning_prune.integrations.causal_lm import LlamaSize
 from lightning_prune.integrations.lm_eval_harness import check_tasks, evaluate_model
 from lightning_prune.integrations.text_documents import train_tokenizer
+from lightning_prune.predictors.budget import Budget
+from lightning_prune.structured.structure import Stack
 
 CONTEXT = 32
 TEXTS = [
@@ -133,6 +136,25 @@ def test_scores_equal_plain_torch(model: nn.Module, tokenizer: Any, tasks: str) 
     assert found["choose"] == {"acc": _expected_accuracy(model, tokenizer)}
     assert found["compress"]["bits_per_byte"] == pytest.approx(_expected_bits_per_byte(model, tokenizer), rel=1e-5)
     assert max(len(tokenizer.encode(text)) for text in TEXTS) > 2 * CONTEXT
+
+
+def test_a_model_that_chooses_is_scored_under_the_mask_of_the_task_or_of_each_request(
+    model: nn.Module, tokenizer: Any, tasks: str
+) -> None:
+    condition = Instruction(budget=Budget(keep=0.5)).insert(model.eval(), Stack((), "", (), 2))
+    nn.init.normal_(condition.predictor.head.outer.bias)
+    text = "complete the program"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with condition.fixed(condition.masks_of(condition.prompt({"input_ids": ids}))):
+        expected = _expected_bits_per_byte(model, tokenizer), _expected_accuracy(model, tokenizer)
+    names = {"tasks": ["choose", "compress"], "include_path": tasks}
+    found = evaluate_model(model, tokenizer, mask_from="task", instruction=text, **names)  # type: ignore[arg-type]
+    assert found["compress"]["bits_per_byte"] == pytest.approx(expected[0], rel=1e-5)
+    assert found["choose"]["acc"] == expected[1]
+    by_request = evaluate_model(model, tokenizer, **names)  # type: ignore[arg-type]
+    assert by_request["compress"]["bits_per_byte"] != found["compress"]["bits_per_byte"]
+    with pytest.raises(ValueError, match="the task choose has no description"):
+        evaluate_model(model, tokenizer, mask_from="task", **names)  # type: ignore[arg-type]
 
 
 def test_accuracy_follows_the_weights(model: nn.Module, tokenizer: Any, tasks: str) -> None:
