@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from measure import limit, print_table, processor_seconds, random_llama, spread, write_result
+from measure import print_table, processor_seconds, random_llama, spread, write_result
 from torch import Tensor
 
 from lightning_prune.conditional.early_exit import EarlyExit
@@ -146,11 +146,6 @@ def main() -> None:
         settings={"shape": [WIDTH, FFN, NUM_LAYERS, VOCAB], "rounds": options.rounds, "decoded": NUM_DECODED}
         | {"share_run": round(share, 3), "load_at_start": [round(value, 2) for value in load]},
         rows=rows,
-        limits=[
-            limit(f"{row['case']}, {row['variant']}, of dense", row["ratio"]["median"], 0.8)  # type: ignore[index]
-            for row in rows
-            if row["variant"] in computed
-        ],
     )
 
 
