@@ -84,6 +84,8 @@ class _Place:
     def positions(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """Return the positions that stay, ascending, (P,), and the scale of each, (P,)."""
         kept_K, scale_K = selection.units[self.number], selection.scales[self.number]
+        if not len(self.others) and self.member.runs == ((0, 1),):
+            return kept_K, scale_K
         runs = sorted(self.member.runs)
         parts = [(offset + kept_K[:, None] * size + torch.arange(size, device=kept_K.device)) for offset, size in runs]
         stays_P = torch.cat([part.flatten() for part in parts])
@@ -152,16 +154,16 @@ class SubModels:
         Raises:
             ValueError: if the stock class cannot have these sizes, or `into` has others.
         """
-        tensors = self.model.state_dict(keep_vars=True)
-        buffers = {} if into is None else into.state_dict(keep_vars=True)
-        skeleton = self._skeleton(selection, tensors)
         is_scaled = bool((torch.cat(selection.scales) != 1).any())
         gathered = {}
         for name in self._places:
             if self._is_cut(name, selection):
-                out = buffers[name].data if into is not None else None
-                gathered[name] = self._gathered(name, tensors[name].detach(), selection, is_scaled, out)
-        small = _twin(skeleton, gathered, tensors) if into is None else into
+                out = None if into is None else _tensor(into, name)
+                gathered[name] = self._gathered(name, _tensor(self.model, name), selection, is_scaled, out)
+        small = into
+        if small is None:
+            tensors = self.model.state_dict(keep_vars=True)
+            small = _twin(self._skeleton(selection, tensors), gathered, tensors)
         setattr(small, _SELECTED, selection.digest)
         return small
 
@@ -231,6 +233,13 @@ def _empty(model: nn.Module, names: Collection[str]) -> None:
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             module._parameters[leaf] = empty.get(id(parameter), parameter)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer, without its gradient."""
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module), leaf)
+    return tensor.detach()
 
 
 def _along(scale_P: Tensor, tensor: Tensor, dim: int) -> Tensor:
