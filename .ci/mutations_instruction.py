@@ -12,13 +12,6 @@ INSTRUCTION = "tests/conditional/test_instruction.py"
 RUN = "tests/integrations/instruction/test_condition_run.py"
 MUTATIONS = (
     Mutation(
-        "rounding that leaves no free entry takes the last one",
-        f"{PREDICTORS}/soft_top_k.py",
-        " | (num_left_K <= 1)",
-        "",
-        f"{CHOICE} -k every_row",
-    ),
-    Mutation(
         "double precision is kept throughout the choice",
         f"{PREDICTORS}/soft_top_k.py",
         ".to(scores_N.dtype).log()",
@@ -114,7 +107,7 @@ MUTATIONS = (
         f"{ADAPTERS}/condition_run.py",
         "        with _unnoticed():",
         "        if True:",
-        f"{RUN} -k bare_loop",
+        f"{RUN} -k no_trace",
     ),
     Mutation(
         "the predictor has a rate of its own",

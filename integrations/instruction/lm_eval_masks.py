@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_prune.conditional.instruction import InstructionCondition
 from lightning_prune.integrations.instruction.request import padded, tokens_of
 from lightning_prune.integrations.lm_eval_progress import OneBarHFLM
+from lightning_prune.predictors.mask_predictor import MaskPredictor
 
 __all__ = ["ConditionedHFLM", "condition_of", "instructions_of"]
 
@@ -26,11 +27,9 @@ Row = tuple[int, ...]
 
 def condition_of(model: nn.Module) -> InstructionCondition | None:
     """Return the predictor's condition at work in a model, or None."""
-    for module in model.modules():
-        found = getattr(vars(module).get("forward"), "condition", None)
-        if isinstance(found, InstructionCondition):
-            return found
-    return None
+    found = next((module for module in model.modules() if isinstance(module, MaskPredictor)), None)
+    condition: InstructionCondition | None = None if found is None else found.condition
+    return condition
 
 
 def instructions_of(tasks: Mapping[str, Any], text: str | None) -> dict[str, str]:

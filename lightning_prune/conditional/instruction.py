@@ -171,6 +171,7 @@ class InstructionCondition(Condition):
         self._fixed: list[Tensor] | None = None
         self._is_whole = False
         self._seen: list[_Seen] | None = None  # what calls predicted, while somebody looks
+        predictor.condition = self
         predictor.units.attach(model)
         self._call = OuterCall(model, self.run)
 

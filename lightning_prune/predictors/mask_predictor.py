@@ -8,6 +8,7 @@ Shapes: B instructions, T tokens, U units of a group.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class MaskPredictor(nn.Module):
 
     num_steps: Tensor
     ramp_steps: Tensor
+    condition: Any = None  # what puts its masks in force in the model
 
     def __init__(
         self,

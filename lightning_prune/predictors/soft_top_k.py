@@ -138,7 +138,7 @@ class _Entropic(torch.autograd.Function):
         suffix_K = backwards.logcumsumexp(-1)[..., 1:].flip(-1)
         num_left_K = _per_row(k, scores_N) - torch.arange(largest, device=scores_N.device)
         shift_K = num_left_K.clamp(min=1).to(scores_N.dtype).log() - suffix_K
-        is_free_K = (sorted_N[..., :largest] + shift_K <= 0) | (num_left_K <= 1)  # by rounding there may be none
+        is_free_K = sorted_N[..., :largest] + shift_K <= 0  # always the last: its suffix holds it
         first = is_free_K.to(torch.int8).argmax(-1, keepdim=True)
         chosen_N = (scores_N / epsilon + shift_K.gather(-1, first)).exp().clamp(max=1)
         ctx.save_for_backward(chosen_N)

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from lightning_prune.conditional.conditional_adapter import ConditionalAdapter
 from tests.conditional.routed_models import METHODS, inserted, logits, routers_of, stack_of, trained
-from tests.tiny_models import tiny_family, token_windows
+from tests.tiny_models import STACKS_EXPERTS, tiny_family, token_windows
 
 METHOD = METHODS["conditional_adapter"]
 
@@ -116,6 +116,8 @@ def test_the_base_is_frozen_and_norms_learn() -> None:
 
 
 def test_a_block_that_counts_positions_by_itself_is_refused_and_can_be_left_out() -> None:
+    if not STACKS_EXPERTS:
+        pytest.skip("every block of Transformers 4's T5 counts positions by itself, so none can be left in")
     model = tiny_family("t5").eval()
     before = set(model.state_dict())
     with pytest.raises(ValueError, match=r"encoder\.block\.0 \(T5Block\) cannot run on some tokens.*leave.*`layers`"):

@@ -186,6 +186,11 @@ def test_a_copy_has_masks_of_its_own() -> None:
         twin.mask_predictor.head.outer.bias.copy_(torch.linspace(-3, 3, len(twin.mask_predictor.head.outer.bias)))
     assert torch.equal(model(**data).logits, before)
     assert not torch.equal(twin(**data).logits, before)
+    masks = twin.mask_predictor.condition.masks_of(twin.mask_predictor.condition.prompt(data))
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.copy_(torch.randn_like(twin.model.embed_tokens.weight))
+    again = twin.mask_predictor.condition.masks_of(twin.mask_predictor.condition.prompt(data))
+    assert not torch.equal(again[0], masks[0])
 
 
 def test_masks_are_ramped_in_over_steps_and_the_ramp_is_saved() -> None:
@@ -294,15 +299,17 @@ def test_key_value_groups_are_masked_beside_ffn_units() -> None:
 def test_a_budget_drawn_in_training_is_the_full_one_in_evaluation() -> None:
     model = tiny_llama()
     condition = conditioned(model, budget=Budget(keep=0.75, keep_from=0.2))
-    numbers = set()
+    numbers: dict[bool, set[int]] = {True: set(), False: set()}
     for _ in range(8):
-        numbers.add(int((condition.masks_of(condition.prompt(batch()))[0][0] > 0).sum()))
+        for is_training in (True, False):
+            model.train(is_training)
+            numbers[is_training].add(int((condition.masks_of(condition.prompt(batch()))[0][0] > 0).sum()))
+        model.train()
         model(**batch())
         condition.after_step()
-    assert len(numbers) > 1
-    assert numbers <= {8, 16, 24, 32, 40}
-    model.eval()
-    assert int((condition.masks_of(condition.prompt(batch()))[0][0] > 0).sum()) == 32
+    assert len(numbers[True]) > 1
+    assert numbers[True] <= {8, 16, 24, 32}
+    assert numbers[False] == {32}
 
 
 def test_a_step_without_a_call_of_the_model_is_refused() -> None:

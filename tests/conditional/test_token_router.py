@@ -12,7 +12,7 @@ from lightning_prune.conditional.token_router import TokenRouter
 from lightning_prune.predictors.soft_top_k import soft_top_k
 from lightning_prune.structured.structure import Stack
 from tests.conditional.routed_models import METHODS, inserted, logits, routers_of, trained
-from tests.tiny_models import recompute_activations, tiny_family, token_windows
+from tests.tiny_models import STACKS_EXPERTS, recompute_activations, tiny_family, token_windows
 
 LIKE = torch.zeros(1)
 STACK = Stack(("model.layers",), "num_hidden_layers", (), 2)
@@ -165,6 +165,8 @@ def test_a_model_computes_what_it_did_at_first_and_when_the_method_is_gone(
 ) -> None:
     if family == "t5" and METHODS["conditional_adapter"] is method:
         pytest.skip("its first block counts positions by itself")
+    if family == "t5" and not STACKS_EXPERTS:
+        pytest.skip("the T5 of Transformers 4 is refused: every block of it counts positions by itself")
     ids = token_windows(2, 10)
     both = {"decoder_input_ids": ids} if family == "t5" else {}
     found = logits(tiny_family(family).eval(), ids, **both)

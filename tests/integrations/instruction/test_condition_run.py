@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from lightning_prune.conditional.instruction import Instruction
 from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
+from lightning_prune.integrations.instruction.condition_run import ConditionRun
 from lightning_prune.integrations.instruction.folder import open_conditional
 from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
@@ -126,6 +127,16 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= self.step
+
+
+def test_looking_at_the_training_data_leaves_no_trace_in_the_random_state() -> None:
+    model = tiny_llama()
+    run = ConditionRun(recipe().condition)
+    run.prepare(model)
+    shuffled = DataLoader(dataset(), batch_size=BATCH, shuffle=True)
+    before = torch.get_rng_state()
+    run.start(model, total_steps=NUM_STEPS, is_new=True, train_batches=lambda: shuffled, tokenizer=None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_was_trained_is_written_and_chooses_the_same_units(tmp_path: Path) -> None:
