@@ -114,7 +114,7 @@ class PruningRun:
             saves_whole: whether the trainer's checkpoints hold the weights below adapters.
             spare: a folder of the trainer's, for an export that cannot be written where it should go.
         """
-        self._model, self._tokenizer, self._log = model, tokenizer, log
+        self._model, self._tokenizer, self._log, optimizers = model, tokenizer, log, list(optimizers)
         self._num_logged, self._last_evaluated = -1, -1
         self._notes, self.broken, self._spare = [], (), spare
         self.export.check_units(model, is_restoring=self.sparsifier.is_restoring)
@@ -126,7 +126,7 @@ class PruningRun:
             self.recovery.start(model, tokenizer=tokenizer, eval_batches=eval_batches, takes_loss=takes_loss)
         if self.condition is not None:
             about = {"train_batches": train_batches, "tokenizer": tokenizer}
-            self.condition.start(model, total_steps=total_steps, is_new=is_new, **about)
+            self.condition.start(model, optimizers, total_steps=total_steps, is_new=is_new, **about)
         if is_new:
             self._evaluate_dense(model)
         self.sparsifier.attach(model, optimizers, total_steps=total_steps)
@@ -298,9 +298,8 @@ class PruningRun:
             whether there was anything to let go of.
         """
         was_training = self.sparsifier.is_attached
-        for part in (self.recovery, self.condition):
-            if part is not None:
-                part.stop()
+        if self.recovery is not None:
+            self.recovery.stop()
         if was_training:
             self.sparsifier.detach(has_failed=True)
             self.broken = ("the training was interrupted", *self.sparsifier.broken)
@@ -317,6 +316,8 @@ class PruningRun:
 
     def _let_go(self) -> None:
         """Keep nothing of a trainer that is gone."""
+        if self.condition is not None:
+            self.condition.stop()
         self._model, self._log = None, _log_nothing
 
     def _break(self, sentence: str) -> None:

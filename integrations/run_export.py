@@ -168,7 +168,7 @@ class RunExport:
         options = self.options
         assert options.dir is not None
         found = language_model(model)
-        is_huggingface = options.format == "huggingface" or self._has_lora
+        is_huggingface = options.format in ("huggingface", "conditional") or self._has_lora
         exported = found if is_huggingface and found is not None else model
         state = distributed.whole_state_dict(exported)
         if not distributed.is_first_rank():

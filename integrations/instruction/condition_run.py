@@ -5,6 +5,7 @@ in the user's optimizer, `start` begins it, `finish` leaves it at work in the mo
 adapters call it at their trainer's moments; it knows no trainer.
 """
 
+import copy
 import importlib
 import logging
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition
@@ -49,6 +51,7 @@ class ConditionRun:
         self._loss: _AddedLoss | None = None
         self._measured_at = -1
         self._is_below_adapters = False
+        self._handles: list[RemovableHandle] = []
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Put the method into the model; once, also if a trainer asks again.
@@ -62,7 +65,7 @@ class ConditionRun:
         model = base_model(found)
         self._is_below_adapters = model is not found
         if self.condition is None:
-            self.condition = self.method.insert(model, _stack(model))
+            self.condition = self._insert(model)
             self._loss = _AddedLoss(self.condition, model)
             num = sum(p.numel() for one in self.condition.added().values() for p in one.parameters())
             said = "conditioning: %s in %s, %d parameters added"
@@ -71,6 +74,15 @@ class ConditionRun:
             raise ValueError("this callback has conditioned another model; give each Trainer a callback of its own")
         return module
 
+    def _insert(self, model: nn.Module) -> Condition:
+        """Insert the method; below adapters, what it needs to know of the model is found in a copy without them."""
+        if not self._is_below_adapters:
+            return self.method.insert(model, _stack(model))
+        plain = _without_adapters(model)
+        if isinstance(self.method, Instruction):
+            return self.method.insert(model, _stack(plain), plain=plain)
+        return self.method.insert(model, _stack(plain))
+
     def parameters(self) -> list[nn.Parameter]:
         """Return what was added to be trained."""
         if self.condition is None:
@@ -78,12 +90,20 @@ class ConditionRun:
         return [p for one in self.condition.added().values() for p in one.parameters() if p.requires_grad]
 
     def start(
-        self, module: nn.Module, *, total_steps: int, is_new: bool, train_batches: Batches | None, tokenizer: Any
+        self,
+        module: nn.Module,
+        optimizers: Iterable[object],
+        *,
+        total_steps: int,
+        is_new: bool,
+        train_batches: Batches | None,
+        tokenizer: Any,
     ) -> None:
         """Begin: from importance in a new training, where a restored method stands in a resumed one.
 
         Args:
             module: what is trained, as the trainer has wrapped or sharded it.
+            optimizers: the trainer's; their steps are the clock.
             total_steps: optimizer steps of the whole training.
             is_new: whether no checkpoint was restored.
             train_batches: gives the training data anew, without a trace in its order or the random state.
@@ -97,10 +117,12 @@ class ConditionRun:
                 "a condition changes what is trained, which must happen before the trainer makes its optimizer: give "
                 "the callback to the Trainer's constructor"
             )
+        self.stop()
         self._measured_at = -1
         if self._loss is not None:
             self._loss.hold()
         self.condition.begin(total_steps=total_steps)
+        self._count(optimizers)
         if not isinstance(self.condition, InstructionCondition):
             return
         self.condition.use_tokenizer(tokenizer)
@@ -117,7 +139,9 @@ class ConditionRun:
                 self.condition.warm_start(batches)
 
     def after_step(self, step: int, log: Callable[[dict[str, float]], None]) -> None:
-        """Count an optimizer step; now and then measure how much the masks depend on what is read; collective.
+        """Check what an optimizer step was taken on; now and then measure how much masks depend on what is read.
+
+        Collective.
 
         Raises:
             ValueError: if they do not, and the recipe's guard stops the training.
@@ -126,7 +150,6 @@ class ConditionRun:
         if condition is None or step == self._measured_at:
             return
         self._measured_at = step
-        condition.after_step()
         if self._loss is not None:
             self._loss.check_added()
         if not isinstance(condition, InstructionCondition) or condition.options.guard is None:
@@ -170,13 +193,36 @@ class ConditionRun:
         if isinstance(self.method, Instruction):
             trainer.data_collator = MarkingCollator(trainer.data_collator, self.method.reads)
 
+    def _count(self, optimizers: Iterable[object]) -> None:
+        """Let the steps of the optimizer that trains the method be its clock, whatever callbacks see of them when."""
+        assert self.condition is not None
+        added = {id(parameter) for parameter in self.parameters()}
+        for optimizer in map(unwrap_optimizer, optimizers):
+            if any(id(p) in added for group in optimizer.param_groups for p in group["params"]):
+                self._handles.append(optimizer.register_step_post_hook(self._tick))
+                return
+        raise ValueError(
+            f"no optimizer trains what {type(self.method).__name__} added to the model; hand model.parameters() to it, "
+            "made after the callback's setup"
+        )
+
+    def _tick(self, *_: Any) -> None:
+        assert self.condition is not None
+        self.condition.after_step()
+
     def stop(self) -> None:
         """Let go of the training; the method stays at work in the model."""
         self._sample = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def export(self, model: nn.Module, folder: str, **options: Any) -> None:
         """Write the model and what was added into a new folder; options are those of `folder.save_conditional`."""
         assert self.condition is not None
+        if getattr(model, "peft_config", None):
+            merging = importlib.import_module("lightning_prune.integrations.peft_merge")
+            options["state"] = merging.merged_state(model, options["state"])
         saving = importlib.import_module("lightning_prune.integrations.instruction.folder")
         logger.info("exported: %s", saving.save_conditional(self.condition, folder, **options))
 
@@ -206,6 +252,14 @@ def base_model(model: nn.Module) -> nn.Module:
     """Return the model below adapters, or the model itself."""
     below = getattr(model, "get_base_model", None)
     return below() if callable(below) and getattr(model, "peft_config", None) else model
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """Return a model of the same class and configuration with random weights, on the processor."""
+    build: Any = type(model)
+    with torch.random.fork_rng():
+        plain: nn.Module = build(copy.deepcopy(model.config))
+    return plain.eval()
 
 
 def _stack(model: nn.Module) -> Stack:

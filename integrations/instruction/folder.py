@@ -53,7 +53,8 @@ def save_conditional(
         condition: at work in the model.
         folder: one that does not exist yet or is empty.
         tokenizer: anything with `save_pretrained`, or None.
-        state: whole tensors in place of the model's own, the predictor's among them, for a sharded model.
+        state: whole tensors in place of the model's own, the predictor's among them, for a sharded model; of a model
+            below adapters with these merged.
         tasks: name -> scores of the units of each group, (U,), for sub-models that are chosen by name.
         recipe: as plain values, for `sparsity.json`.
         overwrite: whether an earlier export of this library may be replaced.
@@ -80,6 +81,7 @@ def save_conditional(
         folder,
         tokenizer=tokenizer,
         state_dict=parent,
+        merges=bool(getattr(condition.model, "peft_config", None)),
         recipe=recipe,
         overwrite=overwrite,
         beside=beside,

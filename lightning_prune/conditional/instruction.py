@@ -129,15 +129,24 @@ class Instruction(ConditionMethod):
         if not 0 < self.rate < math.inf:
             raise ValueError(f"rate multiplies a learning rate and must be positive, got {self.rate}")
 
-    def insert(self, model: nn.Module, stack: Stack, structure: Structure | None = None) -> "InstructionCondition":
+    def insert(
+        self, model: nn.Module, stack: Stack, structure: Structure | None = None, *, plain: nn.Module | None = None
+    ) -> "InstructionCondition":
         """Put the predictor into a model, and its masks on the model's units.
+
+        Args:
+            model: see `ConditionMethod`.
+            stack: not used.
+            structure: what can be cut from it, if it is known.
+            plain: the same model without adapters, if it has some; units are found there, whatever its weights.
 
         Raises:
             ValueError: if units cannot be masked, the budget does not fit, or the model has a predictor already.
         """
         if hasattr(model, NAME):
             raise ValueError(f"this {type(model).__name__} has a {NAME} already; take it off with Condition.remove")
-        structure = structure or discover(model, kinds=list(self.kinds))
+        plain = model if plain is None else plain
+        structure = structure or discover(plain, kinds=list(self.kinds))
         groups = [group for kind in self.kinds for group in structure.of_kind(kind)]
         predictor = MaskPredictor(
             model,
@@ -148,7 +157,7 @@ class Instruction(ConditionMethod):
             spread=self.predictor.spread,
             choice=self.choice,
         )
-        _prove(model, predictor.units, groups)
+        _prove(plain, UnitMasks(plain, groups).to(next(plain.parameters()).device), groups)
         first = next(model.parameters())
         predictor.to(device=first.device)
         model.add_module(NAME, predictor)

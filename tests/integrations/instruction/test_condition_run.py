@@ -135,7 +135,14 @@ def test_looking_at_the_training_data_leaves_no_trace_in_the_random_state() -> N
     run.prepare(model)
     shuffled = DataLoader(dataset(), batch_size=BATCH, shuffle=True)
     before = torch.get_rng_state()
-    run.start(model, total_steps=NUM_STEPS, is_new=True, train_batches=lambda: shuffled, tokenizer=None)
+    run.start(
+        model,
+        [torch.optim.SGD(model.parameters())],
+        total_steps=NUM_STEPS,
+        is_new=True,
+        train_batches=lambda: shuffled,
+        tokenizer=None,
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -1,4 +1,4 @@
-"""TRL's own fine-tuning program, unmodified, ends in a model that is served by instruction."""
+"""Programs that know nothing of this library end in a model that is served: TRL's own, and one of Lightning."""
 
 import json
 import os
@@ -31,7 +31,51 @@ export: {format: conditional, dir: OUT}
 """
 
 
-def test_an_unmodified_program_ends_in_a_served_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+PROGRAM = """
+import json, sys
+import lightning.pytorch as pl
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, rows = sys.argv[1:]
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+module = Module()
+
+
+def collate(rows):
+    ids = [module.tokenizer(row["prompt"])["input_ids"][:16] for row in rows]
+    texts = [one + module.tokenizer(row["completion"], add_special_tokens=False)["input_ids"][: 48 - len(one)]
+             for one, row in zip(ids, rows)]
+    batch = torch.tensor(texts)
+    labels = batch.clone()
+    for number, one in enumerate(ids):
+        labels[number, : len(one)] = -100
+    return {"input_ids": batch, "labels": labels}
+
+
+data = [json.loads(line) for line in open(rows, encoding="utf-8")]
+loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=collate)
+pl.Trainer(max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, loader)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with prompts, completions and a recipe; the hub is out of reach."""
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     text = Path(str(DATA), "text", "tinystories_v2_train.txt").read_text(encoding="utf-8")
@@ -40,6 +84,22 @@ def test_an_unmodified_program_ends_in_a_served_model(tmp_path: Path, monkeypatc
     rows = [json.dumps({"prompt": story[:80], "completion": story[80:300]}) + "\n" for story in stories]
     (tmp_path / "stories" / "train.jsonl").write_text("".join(rows), encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("OUT", str(tmp_path / "served")), encoding="utf-8")
+    return tmp_path
+
+
+def test_an_unmodified_program_of_lightning_ends_in_a_served_model(folder: Path) -> None:
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    given = [str(Path(str(DATA), "models", "stories260K")), str(folder / "stories" / "train.jsonl")]
+    start = ["exec", "--recipe", str(folder / "recipe.yaml"), "--", str(folder / "program.py")]
+    assert cli.main([*start, *given]) == 0
+    served = InstructionModel.from_pretrained(folder / "served")
+    assert served.select("Once upon a time, there was a cat.").config.intermediate_size == 56
+    texts = served.generate(["Once upon a time", "The big dog"], max_new_tokens=4)
+    assert len(texts) == 2
+
+
+def test_trls_unmodified_program_ends_in_a_served_model(folder: Path) -> None:
+    tmp_path = folder
     parent = Path(str(DATA), "models", "stories260K")
     program = {
         "model_name_or_path": parent,
