@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -17,7 +19,7 @@ from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
 from lightning_prune.recipe import Recipe
 from lightning_prune.structured.structure import Stack
-from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer
+from tests.integrations.trainings import ResumableLoader, TinyModule, hf_trainer, lightning_trainer, resumes_in_place
 from tests.loops import BATCH, NUM_STEPS, assert_same_weights
 from tests.tiny_models import TokenDataset, tiny_llama, token_windows
 
@@ -207,3 +209,48 @@ def test_recipes_that_contradict_themselves_are_refused(sections: dict[str, Any]
     condition = {"class_path": "Instruction", "init_args": {"budget": {"keep": 0.5}}}
     with pytest.raises(ValueError, match=said):
         Recipe.load({"condition": condition, **sections})
+
+
+def with_lora() -> Any:
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    torch.manual_seed(3)
+    return get_peft_model(tiny_llama(), config)
+
+
+def lora_trainer(out: Path, given: Recipe, **options: Any) -> Any:
+    trainer = hf_trainer(with_lora(), out, [HFCallback(given)], **options)
+    trainer.train_dataset = dataset()
+    return trainer
+
+
+@pytest.mark.usefixtures("fixed_head")
+def test_a_model_below_adapters_is_conditioned_resumed_and_written_merged(tmp_path: Path) -> None:
+    given = Recipe.load(recipe(), overrides=["export.format=conditional", f"export.dir={tmp_path / 'out'}"])
+    whole = lora_trainer(tmp_path / "whole", given, save_strategy="steps", save_steps=5)
+    whole.train()
+    batch = next(iter(DataLoader(dataset(), batch_size=BATCH)))
+    opened, _, _ = open_conditional(tmp_path / "out")
+    torch.testing.assert_close(opened(**batch).logits, whole.model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+    again = lora_trainer(tmp_path / "whole", recipe())
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same_weights(again.model, whole.model)
+
+
+@resumes_in_place
+@pytest.mark.usefixtures("fixed_head")
+def test_resume_is_exact_under_lightning_whoever_saves(tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "five.ckpt")
+
+    def train(*callbacks: Any, **fit: Any) -> torch.nn.Module:
+        torch.manual_seed(11)
+        module, data = TinyModule(), ResumableLoader()
+        data.loader = DataLoader(dataset(), batch_size=BATCH)
+        trainer = lightning_trainer([LightningCallback(recipe()), *callbacks], limit_val_batches=0)
+        trainer.fit(module, data, **fit)
+        return module.model
+
+    expected = train(Saves())
+    assert_same_weights(train(ckpt_path=tmp_path / "five.ckpt"), expected)
