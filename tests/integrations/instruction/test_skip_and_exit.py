@@ -93,6 +93,7 @@ def test_resume_is_exact_under_transformers(name: str, tmp_path: Path) -> None:
 
 
 @resumes_in_place
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_is_exact_under_lightning(name: str, tmp_path: Path) -> None:
     def fit(folder: Path, path: Path | None = None) -> nn.Module:
