@@ -268,7 +268,8 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         differing = sorted(dict.fromkeys([*(shapes.items() ^ wanted.items())]))[0]
         raise ValueError(f"the saved tensors are not those of this module: {differing[0]} has shape {differing[1]}")
     for name, tensor in own.items():
-        local(tensor.detach()).copy_(shard(state[name].to(tensor.device), tensor))
+        whole = state[name].to(tensor.device)
+        local(tensor.detach()).copy_(shard(whole, tensor) if is_sharded(tensor) else whole)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -248,8 +248,8 @@ def test_resume_is_exact_under_lightning_whoever_saves(tmp_path: Path) -> None:
         torch.manual_seed(11)
         module, data = TinyModule(), ResumableLoader()
         data.loader = DataLoader(dataset(), batch_size=BATCH)
-        trainer = lightning_trainer([LightningCallback(recipe()), *callbacks], limit_val_batches=0)
-        trainer.fit(module, data, **fit)
+        trainer = lightning_trainer([LightningCallback(recipe()), *callbacks], limit_val_batches=1)
+        trainer.fit(module, data, DataLoader(dataset(), batch_size=BATCH), **fit)
         return module.model
 
     expected = train(Saves())
