@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_prune.integrations.lightning_trainer import PruningCallback
+from lightning_prune.integrations.text_data import TextData
 from lightning_prune.recipe import Recipe, one_line
 
 __all__ = ["RecipeCLI", "run_recipe"]
@@ -117,7 +118,7 @@ class RecipeCLI(LightningCLI):
             args=["--config", yaml.safe_dump(sections), *arguments] if sections else list(arguments),
             run=False,
             seed_everything_default=recipe.seed,
-            trainer_defaults={"callbacks": [] if is_dry else [PruningCallback(recipe)]},
+            trainer_defaults={"callbacks": []},
             save_config_callback=_SaveWholeConfig,
             save_config_kwargs={"text": self.whole_config, "overwrite": True, "save_to_log_dir": False},
             parser_kwargs={"exit_on_error": False},
@@ -131,6 +132,13 @@ class RecipeCLI(LightningCLI):
         """Build trainer, model and data, unless only the configuration is wanted."""
         if not self._is_dry:
             super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the recipe's callback, which looks for the tasks that the data may write."""
+        if isinstance(self.datamodule, TextData):
+            self.datamodule.write_tasks()
+        self.trainer_defaults = {"callbacks": [PruningCallback(self.recipe)]}
+        return super().instantiate_trainer(**kwargs)
 
     def whole_config(self) -> str:
         """Return the recipe as YAML, with every trainer, model and data option written out."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from lightning_prune.integrations.text_documents import Document
+from lightning_prune.whole_file import written_aside
 
 __all__ = ["NEXT_LINE", "WHOLE_TEXT", "next_line_questions", "write_tasks"]
 
@@ -84,7 +85,7 @@ def write_tasks(
     """Write both tasks with their data.
 
     Args:
-        folder: a new folder; the task files name it by its absolute path.
+        folder: made if it does not exist; the task files name it by its absolute path and replace earlier ones.
         documents: held-out texts.
         num_questions: the most next-line questions to make.
         max_characters: how much text to compress, an equal share from the start of each document.
@@ -102,7 +103,7 @@ def write_tasks(
             f"no next-line question can be made from {len(documents)} held-out documents; give text with lines of "
             f"{_LINE[0]} to {_LINE[1]} characters and {_NUM_WORDS} words"
         )
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     _write_task(folder, NEXT_LINE, questions, _multiple_choice())
     _write_task(folder, WHOLE_TEXT, list(_whole_texts(documents, max_characters=max_characters)), _rolling())
     return len(questions)
@@ -110,10 +111,15 @@ def write_tasks(
 
 def _write_task(folder: Path, name: str, records: Sequence[dict[str, object]], task: dict[str, object]) -> None:
     data = folder.absolute() / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    _write(data, "".join(json.dumps(record) + "\n" for record in records))
     source = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
     text = yaml.safe_dump(source | {"test_split": "test", "num_fewshot": 0} | task, sort_keys=False)
-    (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    _write(folder / f"{name}.yaml", text)
+
+
+def _write(path: Path, text: str) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _multiple_choice() -> dict[str, object]:

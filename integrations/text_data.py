@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens of each.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from lightning import LightningDataModule
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from lightning_prune.integrations.next_line_tasks import write_tasks
 from lightning_prune.integrations.text_documents import Document, read_documents, train_tokenizer
 
 __all__ = ["TextData", "WindowLoader"]
+
+_NUM_QUESTIONS = 400
+_WHOLE_TEXT_CHARACTERS = 60_000
 
 
 class WindowLoader:
@@ -93,6 +98,7 @@ class TextData(LightningDataModule):
         max_characters: read no more than about this much text.
         hold_out: every how many documents one is held out.
         seed: of the shuffling.
+        tasks: folder for the evaluation tasks that `write_tasks` makes from the held-out documents.
     """
 
     def __init__(
@@ -105,6 +111,7 @@ class TextData(LightningDataModule):
         max_characters: int | None = None,
         hold_out: int = 20,
         seed: int = 0,
+        tasks: str | None = None,
     ) -> None:
         super().__init__()
         if hold_out < 2:
@@ -117,6 +124,7 @@ class TextData(LightningDataModule):
         self.max_characters = max_characters
         self.hold_out = hold_out
         self.seed = seed
+        self.tasks = tasks
         self.tokenizer: Any = None
         self.train_documents: list[Document] = []
         self.val_documents: list[Document] = []
@@ -132,10 +140,7 @@ class TextData(LightningDataModule):
         """
         if self.tokenizer is not None:
             return
-        documents = read_documents(self.path, max_characters=self.max_characters)
-        last = self.hold_out - 1
-        self.train_documents = [item for place, item in enumerate(documents) if place % self.hold_out != last]
-        self.val_documents = [item for place, item in enumerate(documents) if place % self.hold_out == last]
+        self._read()
         tokenizer = self._make_tokenizer()
         self._train_windows = self._pack(tokenizer, self.train_documents, "training")
         self._val_windows = self._pack(tokenizer, self.val_documents, "validation")
@@ -145,6 +150,26 @@ class TextData(LightningDataModule):
                 f"batch of {self.batch_size}; give more text or a smaller batch_size"
             )
         self.tokenizer = tokenizer
+
+    def write_tasks(self) -> None:
+        """Write the tasks `next_line` and `whole_text` of the held-out documents into the folder `tasks`, if given.
+
+        Raises:
+            ValueError: if no question can be made from the documents.
+        """
+        if self.tasks is not None:
+            self._read()
+            limits = {"num_questions": _NUM_QUESTIONS, "max_characters": _WHOLE_TEXT_CHARACTERS}
+            write_tasks(Path(self.tasks).expanduser(), self.val_documents, seed=self.seed, **limits)
+
+    def _read(self) -> None:
+        """Read the documents, once, and hold some of them out."""
+        if self.train_documents:
+            return
+        documents = read_documents(self.path, max_characters=self.max_characters)
+        last = self.hold_out - 1
+        self.train_documents = [item for place, item in enumerate(documents) if place % self.hold_out != last]
+        self.val_documents = [item for place, item in enumerate(documents) if place % self.hold_out == last]
 
     def train_dataloader(self) -> WindowLoader:
         """Return shuffled batches of this process's share of the training windows."""

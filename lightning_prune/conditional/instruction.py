@@ -292,13 +292,17 @@ class InstructionCondition(Condition):
     def measure(self, batch: Mapping[str, Any]) -> Conditioning:
         """Measure, on the rows of a batch with labels, how much the masks depend on the instruction; collective."""
         with evaluating(self.model):
+            labels = self.prompt(batch).labels
+            batch = batch if labels is None else {**batch, "labels": labels}  # that every loss below is of
             with self._looking() as seen:
-                own = float(self.model(**batch).loss)
+                losses = {"own_loss": float(self.model(**batch).loss)}
             masks = self.predictor.masks(seen[0].scores)
             order = _apart(masks)
             with self.fixed([mask[order] for mask in masks]):
-                swapped = float(self.model(**batch).loss)
-        return Conditioning.of(masks, seen[0].scores, swapped - own).mean_of_ranks(masks[0].device)
+                losses["swapped_loss"] = float(self.model(**batch).loss)
+            with self.whole():
+                losses["whole_loss"] = float(self.model(**batch).loss)
+        return Conditioning.of(masks, seen[0].scores, **losses).mean_of_ranks(masks[0].device)
 
     @contextmanager
     def _looking(self) -> Iterator[list["_Seen"]]:

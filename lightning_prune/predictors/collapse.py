@@ -12,7 +12,7 @@ Shapes: B instructions, U units, P pairs of instructions.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_prune import distributed
 from lightning_prune.bounds import at_least
 
-__all__ = ["CollapseGuard", "Conditioning", "overlap"]
+__all__ = ["CollapseGuard", "Conditioning", "overlap", "overlaps"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,13 @@ def overlap(first_U: Tensor, second_U: Tensor) -> Tensor:
     """Return the Jaccard index of two choices of units: of those in any, how many are in both; (..., U) of bool."""
     both = (first_U & second_U).sum(-1)
     return both / (first_U | second_U).sum(-1).clamp(min=1)
+
+
+def overlaps(choices: Sequence[Tensor]) -> list[list[float]]:
+    """Return the Jaccard index of every two instructions, mean over groups; choices are (B, U) of bool for each."""
+    pairs = [overlap(chosen_BU[:, None], chosen_BU[None]).float() for chosen_BU in choices]
+    found: list[list[float]] = torch.stack(pairs).mean(0).tolist()
+    return found
 
 
 @dataclass(frozen=True)
@@ -40,33 +47,56 @@ class Conditioning:
         by_group: the same for each group.
         spread: deviation of scores across instructions, over that across units.
         swap_cost: loss with the mask of another instruction, less that with its own, in nats per token; NaN if it was
-            not measured.
+            not measured, as the losses are.
+        own_loss: with the mask of its own instruction, in nats per token.
+        whole_loss: with all units.
+        choices: which units the instructions chose, (B, U) of bool for each group, on this process.
     """
 
     overlap: float
     by_group: tuple[float, ...]
     spread: float
     swap_cost: float = math.nan
+    own_loss: float = math.nan
+    whole_loss: float = math.nan
+    choices: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
-    def of(cls, masks: Sequence[Tensor], scores: Sequence[Tensor], swap_cost: float = math.nan) -> "Conditioning":
-        """Return it for the masks and scores of some instructions, (B, U) for each group."""
+    def of(
+        cls,
+        masks: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        *,
+        own_loss: float = math.nan,
+        swapped_loss: float = math.nan,
+        whole_loss: float = math.nan,
+    ) -> "Conditioning":
+        """Return it for the masks and scores of some instructions, (B, U) for each group, and losses under masks."""
         num = len(masks[0])
         first, second = torch.triu_indices(num, num, offset=1) if num > 1 else torch.zeros(2, 1, dtype=torch.long)
         by_group = tuple(float(overlap(mask[first] > 0, mask[second] > 0).mean()) for mask in masks)
         spreads = [float(one.std(0).mean() / one.std(-1).mean().clamp(min=1e-9)) for one in scores] if num > 1 else [0]
-        return cls(sum(by_group) / len(by_group), by_group, sum(spreads) / len(spreads), swap_cost)
+        return cls(
+            overlap=sum(by_group) / len(by_group),
+            by_group=by_group,
+            spread=sum(spreads) / len(spreads),
+            swap_cost=swapped_loss - own_loss,
+            own_loss=own_loss,
+            whole_loss=whole_loss,
+            choices=tuple(mask > 0 for mask in masks),
+        )
 
     def mean_of_ranks(self, device: torch.device) -> "Conditioning":
         """Return the mean over all processes, which then decide alike; collective."""
-        numbers = [self.overlap, self.spread, self.swap_cost, *self.by_group, 1.0]
+        numbers = [self.overlap, self.spread, self.swap_cost, self.own_loss, self.whole_loss, *self.by_group, 1.0]
         total = distributed.sum_everywhere(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
-        shared, spread, cost, *by_group = (number / total[-1] for number in total[:-1])
-        return Conditioning(shared, tuple(by_group), spread, cost)
+        shared, spread, *losses = (number / total[-1] for number in total[:-1])
+        return Conditioning(shared, tuple(losses[3:]), spread, *losses[:3], choices=self.choices)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log."""
         found = {"overlap": self.overlap, "score_spread": self.spread, "swap_cost": self.swap_cost}
+        found |= {"own_loss": self.own_loss, "whole_loss": self.whole_loss}
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
