@@ -279,6 +279,8 @@ class PruningRun:
     def _conclude(self, *, has_trained: bool) -> None:
         has_tasks = self.recipe.evaluate is not None and "end" in self.recipe.evaluate.at
         try:
+            if self.condition is not None:
+                self.condition.conclude(self._log, is_served=self.recipe.report.dir is not None)
             if has_tasks:
                 self._evaluate("after", self.sparsifier.report())
             if self.recovery is not None and self._model is not None:
@@ -337,6 +339,7 @@ class PruningRun:
                 evaluations=self.evaluations,
                 recipe_text=self.recipe.dump(),
                 recovery=None if self.recovery is None else self.recovery.report().as_dict(),
+                condition=None if self.condition is None else self.condition.report(),
             )
         except (OSError, ValueError, RuntimeError) as error:
             self._break(f"the report could not be written to {self.recipe.report.dir}: {error}")

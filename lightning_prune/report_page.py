@@ -4,20 +4,18 @@ index.html is one file: style, plots and numbers are inside it. Every file is wr
 reader never meets half a page, and a run may write its report again and again.
 """
 
-import base64
 import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.report_condition import condition_figures, condition_sections
+from lightning_prune.report_pictures import picture, write_file
 from lightning_prune.report_plots import (
-    DARK,
-    LIGHT,
-    Theme,
     check_requirements,
     draw_heatmap,
     draw_history,
@@ -30,13 +28,13 @@ from lightning_prune.report_tables import (
     cards,
     escaped,
     evaluations_during,
+    evaluations_table,
     format_percent,
     format_value,
     recovery_table,
     targets_table,
     versions_table,
 )
-from lightning_prune.whole_file import written_aside
 
 __all__ = ["check_requirements", "write_report"]
 
@@ -94,11 +92,6 @@ def _plain(value: object) -> object:
     return value
 
 
-def _write(path: Path, content: bytes) -> None:
-    with written_aside(path) as aside:
-        aside.write_bytes(content)
-
-
 def _installed_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -114,19 +107,6 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{escaped(title)}</h2>{body}</section>\n" if body else ""
 
 
-def _plot(path: Path, draw: Callable[[Theme], bytes | None], *, alt: str, otherwise: str) -> str:
-    """Write a plot as PNG and return it for the page in both themes, or say why there is none."""
-    light, dark = draw(LIGHT), draw(DARK)
-    if light is None or dark is None:
-        return f'<p class="muted">{escaped(otherwise)}</p>'
-    _write(path, light)
-    light_uri, dark_uri = (f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in (light, dark))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark_uri}">'
-        f'<img src="{light_uri}" alt="{escaped(alt)}"></picture>'
-    )
-
-
 def _history_plot(path: Path, history: Sequence[Values]) -> str:
     """Return the plot over time; its alternative text says where the curves start and end."""
     alt = [f"Plot of {len(history)} entries over optimizer steps"]
@@ -136,14 +116,14 @@ def _history_plot(path: Path, history: Sequence[Values]) -> str:
             show = format_percent if name == "sparsity" else format_value
             alt.append(f"{name} from {show(values[0])} to {show(values[-1])}")
     nothing = "Nothing was logged over time, so there is nothing to plot."
-    return _plot(path, lambda theme: draw_history(history, theme), alt="; ".join(alt) + ".", otherwise=nothing)
+    return picture(path, lambda theme: draw_history(history, theme), alt="; ".join(alt) + ".", otherwise=nothing)
 
 
 def _layers_plot(path: Path, targets: Sequence[Values]) -> str:
     """Return the heat map; its values are in the table of targets too."""
     grid = group_targets(targets)
     alt = f"Heat map of the sparsity of {len(targets)} targets, {len(grid.rows)} layers by {len(grid.columns)} kinds."
-    return _plot(path, lambda theme: draw_heatmap(grid, theme), alt=alt, otherwise="The report lists no targets.")
+    return picture(path, lambda theme: draw_heatmap(grid, theme), alt=alt, otherwise="The report lists no targets.")
 
 
 def _listed(report: Values, key: str) -> list[Any]:
@@ -157,7 +137,7 @@ def _recovery(path: Path, recovery: Values) -> str:
     shares = [(gap, share) for gap in gaps if (share := as_number(gap.get("share"))) is not None]
     said = "; ".join(f"{gap['task'] or 'loss'}: {format_percent(share)} of the gap recovered" for gap, share in shares)
     alt = f"Plot of the loss before pruning, right after and after recovery; {said or 'no share of a gap is defined'}."
-    plot = _plot(path, lambda theme: draw_recovery(gaps, theme), alt=alt, otherwise="No moment was measured twice.")
+    plot = picture(path, lambda theme: draw_recovery(gaps, theme), alt=alt, otherwise="No moment was measured twice.")
     return f'{plot}<div style="margin-top:18px">{recovery_table(recovery)}</div>'
 
 
@@ -172,15 +152,15 @@ def _notes(notes: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escaped(note)}</li>' for note in notes)}</ul>" if notes else ""
 
 
-def _page(report: Values, evaluations: Sequence[Values], sections: Mapping[str, str]) -> str:
+def _page(report: Values, figures: str, sections: Mapping[str, str], title: str) -> str:
     step = int(as_number(report.get("step")) or 0)
     moment = f"After {step:,} optimizer step{'' if step == 1 else 's'}." if step else "No optimizer step taken."
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Pruning report</title><style>{_STYLE}</style></head>\n<body><main>"
-        f'<header><h1>Pruning report</h1><p class="muted">{moment}</p></header>\n'
-        f"{cards(report, evaluations)}\n{''.join(_section(*item) for item in sections.items())}</main></body></html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>"
+        f'<header><h1>{title}</h1><p class="muted">{moment}</p></header>\n'
+        f"{figures}\n{''.join(_section(*item) for item in sections.items())}</main></body></html>\n"
     )
 
 
@@ -194,6 +174,7 @@ def write_report(
     notes: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     recovery: Values | None = None,
+    condition: Values | None = None,
 ) -> Path:
     """Write report.json, the plots and index.html into a folder, over those of an earlier moment of the run.
 
@@ -207,6 +188,8 @@ def write_report(
         notes: what a reader must know; those of the report are added.
         versions: name -> version; those of the installed packages if left out.
         recovery: `RecoveryReport.as_dict()`; None where nothing was recovered, and the page does not speak of it.
+        condition: what `condition_sections` shows of a model that chooses its parts per input, for which the page does
+            not speak of sparsity; None for all others.
 
     Returns:
         the path of index.html.
@@ -220,17 +203,32 @@ def write_report(
     all_versions = dict(_installed_versions() if versions is None else versions)
     record = {"format": _FORMAT, "report": report, "history": history, "evaluations": evaluations}
     record |= {"recipe": recipe_text, "notes": all_notes, "versions": all_versions}
-    record |= {} if recovery is None else {"recovery": recovery}
-    _write(folder / "report.json", json.dumps(_plain(record), indent=1, allow_nan=False).encode())
+    parts = {"recovery": recovery, "condition": condition}
+    record |= {name: part for name, part in parts.items() if part is not None}
+    write_file(folder / "report.json", json.dumps(_plain(record), indent=1, allow_nan=False).encode())
+    recovered = "" if recovery is None else _recovery(folder / "recovery.png", recovery)
+    if condition is None:
+        title, figures = "Pruning report", cards(report, evaluations)
+        first = {"Before and after": before_after(report, evaluations), "Recovery": recovered}
+        last = {
+            "Sparsity and loss over time": _history_plot(folder / "history.png", history),
+            "Evaluations during the run": evaluations_during(evaluations),
+            **_target_sections(folder / "layers.png", _listed(report, "targets")),
+        }
+    else:
+        title, figures = "Conditioning report", cards(report, evaluations, figures=condition_figures(condition))
+        first = {"Evaluations": evaluations_table(evaluations, has_sparsity=False), "Recovery": recovered}
+        losses = [{key: value for key, value in entry.items() if key != "sparsity"} for entry in history]
+        last = {
+            **condition_sections(folder, condition),
+            "Loss over time": _history_plot(folder / "history.png", losses),
+        }
     sections = {
-        "Before and after": before_after(report, evaluations),
-        "Recovery": "" if recovery is None else _recovery(folder / "recovery.png", recovery),
+        **first,
         "Notes": _notes(all_notes),
-        "Sparsity and loss over time": _history_plot(folder / "history.png", history),
-        "Evaluations during the run": evaluations_during(evaluations),
-        **_target_sections(folder / "layers.png", _listed(report, "targets")),
+        **last,
         "Recipe": f'<pre tabindex="0">{escaped(recipe_text)}</pre>',
         "Versions": versions_table(all_versions),
     }
-    _write(folder / "index.html", _page(report, evaluations, sections).encode())
+    write_file(folder / "index.html", _page(report, figures, sections, title).encode())
     return folder / "index.html"

@@ -25,6 +25,9 @@ __all__ = [
     "draw_history",
     "draw_recovery",
     "group_targets",
+    "png",
+    "points_of",
+    "style",
 ]
 
 _MAX_LABELLED_CELLS = 600
@@ -117,7 +120,7 @@ def group_targets(targets: Sequence[Mapping[str, object]]) -> Grid:
     return Grid(tuple(labels), tuple(kinds), cells)
 
 
-def _points(history: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
+def points_of(history: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
     """Return steps and values of one metric, values that are not finite left out."""
     pairs = [
         (float(str(entry["step"])), float(value))
@@ -127,7 +130,8 @@ def _points(history: Sequence[Mapping[str, object]], key: str) -> tuple[list[flo
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _style(axes: "Axes", theme: Theme) -> None:
+def style(axes: "Axes", theme: Theme) -> None:
+    """Give axes the look of all plots."""
     axes.set_facecolor(theme.surface)
     axes.tick_params(colors=theme.muted, labelsize=9, length=0, pad=6)
     axes.grid(axis="y", color=theme.rule, linewidth=0.8)
@@ -137,7 +141,8 @@ def _style(axes: "Axes", theme: Theme) -> None:
         spine.set_color(theme.rule)
 
 
-def _png(figure: "Figure", theme: Theme) -> bytes:
+def png(figure: "Figure", theme: Theme) -> bytes:
+    """Return a figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor=theme.surface)
     return buffer.getvalue()
@@ -153,9 +158,9 @@ def draw_history(history: Sequence[Mapping[str, object]], theme: Theme = LIGHT) 
     Returns:
         a PNG, or None if neither has two points to join.
     """
-    sparsity = _points(history, "sparsity")
+    sparsity = points_of(history, "sparsity")
     names = sorted({key for entry in history for key in entry if key.endswith("loss")}, key=lambda key: (len(key), key))
-    losses = {name: points for name in names if len((points := _points(history, name))[0]) > 1}
+    losses = {name: points for name in names if len((points := points_of(history, name))[0]) > 1}
     panels = [name for name, wanted in (("sparsity", len(sparsity[0]) > 1), ("loss", bool(losses))) if wanted]
     if not panels:
         return None
@@ -183,11 +188,11 @@ def draw_history(history: Sequence[Mapping[str, object]], theme: Theme = LIGHT) 
         if len(losses) > 1:
             axes.legend(frameon=False, fontsize=9, labelcolor=theme.text)
     for axes in axes_of.values():
-        _style(axes, theme)
+        style(axes, theme)
     bottom = axes_of[panels[-1]]
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_xlabel("optimizer step", fontsize=9, color=theme.muted)
-    return _png(figure, theme)
+    return png(figure, theme)
 
 
 def _label_cells(axes: "Axes", grid: Grid, low: float, high: float, theme: Theme) -> None:
@@ -211,12 +216,13 @@ def _draw_bar(figure: "Figure", image: Any, axes: "Axes", shrink: float, step: f
     bar.outline.set_visible(False)
 
 
-def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
-    """Draw the sparsity of every layer and kind of target.
+def draw_heatmap(grid: Grid, theme: Theme = LIGHT, *, rows: str = "layer") -> bytes | None:
+    """Draw a share, as the sparsity of every layer and kind of target.
 
     Args:
         grid: the values; its colours span whole tens of percent, so that equal sparsities look equal.
         theme: the colours.
+        rows: what a row is.
 
     Returns:
         a PNG, or None if there are no targets.
@@ -238,7 +244,7 @@ def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
     numbers = [[math.nan if value is None else value for value in row] for row in grid.cells]
     cmap = LinearSegmentedColormap.from_list("heat", theme.heat)
     image = axes.imshow(numbers, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    _style(axes, theme)
+    style(axes, theme)
     axes.spines["bottom"].set_visible(False)
     axes.set_xticks([idx + 0.5 for idx in range(len(grid.columns) - 1)], minor=True)
     axes.set_yticks([idx + 0.5 for idx in range(len(grid.rows) - 1)], minor=True)
@@ -251,11 +257,11 @@ def draw_heatmap(grid: Grid, theme: Theme = LIGHT) -> bytes | None:
     every = max(1, math.ceil(len(grid.rows) / 48))
     axes.set_yticks(range(0, len(grid.rows), every))
     axes.set_yticklabels(grid.rows[::every], parse_math=False)
-    axes.set_ylabel("layer", fontsize=9, color=theme.muted)
+    axes.set_ylabel(rows, fontsize=9, color=theme.muted)
     if len(values) <= _MAX_LABELLED_CELLS and len(grid.rows) <= 48:
         _label_cells(axes, grid, low, high, theme)
     _draw_bar(figure, image, axes, 4.0 / height, 0.05 if high - low < 0.45 else 0.2, theme)
-    return _png(figure, theme)
+    return png(figure, theme)
 
 
 def _draw_moments(axes: "Axes", moments: Mapping[str, float], theme: Theme) -> None:
@@ -322,10 +328,10 @@ def draw_recovery(gaps: Sequence[Mapping[str, object]], theme: Theme = LIGHT) ->
     figure = Figure(figsize=(9, max(2.6, 1.2 + 0.34 * len(shares))), layout="constrained")
     panels = [draw for draw, wanted in (("loss", len(moments) > 1), ("shares", bool(shares))) if wanted]
     for name, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        _style(axes, theme)
+        style(axes, theme)
         if name == "loss":
             _draw_moments(axes, moments, theme)
         else:
             axes.grid(visible=False)
             _draw_shares(axes, shares, theme)
-    return _png(figure, theme)
+    return png(figure, theme)

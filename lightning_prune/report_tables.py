@@ -13,10 +13,13 @@ __all__ = [
     "cards",
     "escaped",
     "evaluations_during",
+    "evaluations_table",
     "format_count",
     "format_percent",
     "format_value",
     "recovery_table",
+    "row_of",
+    "table_of",
     "targets_table",
     "versions_table",
 ]
@@ -93,7 +96,7 @@ def _change(before: object, after: object) -> str:
     return f"{100 * (new - old) / abs(old):+.1f} %"
 
 
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+def table_of(head: Sequence[str], rows: Sequence[str]) -> str:
     """Join a head of plain words and rows of finished HTML; wide tables scroll in their own box."""
     cells = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
     return (
@@ -102,8 +105,8 @@ def _table(head: Sequence[str], rows: Sequence[str]) -> str:
     )
 
 
-def _row(name: str, *cells: str) -> str:
-    """Return one row; the name and the cells are finished HTML."""
+def row_of(name: str, *cells: str) -> str:
+    """Return one row of a table; the name and the cells are finished HTML."""
     return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
@@ -149,13 +152,13 @@ def before_after(report: Values, evaluations: Sequence[Values]) -> str:
     rows = [_part("Model", 4)]
     for name, key in (("Sparsity of the targets", "sparsity"), ("Sparsity of the model", "model_sparsity")):
         first = old.get(key) if isinstance(old, Mapping) else 0.0
-        rows.append(_row(name, format_percent(first), format_percent(report.get(key)), ""))
+        rows.append(row_of(name, format_percent(first), format_percent(report.get(key)), ""))
     for name, dense_key, key, unit in _COUNTS:
         dense, now = as_number(report.get(dense_key)), as_number(report.get(key))
         first = as_number(old.get(key)) if isinstance(old, Mapping) else dense
         if dense and now is not None:
             cells = ("-" if value is None else format_count(value, unit) for value in (first, now))
-            rows.append(_row(name, *cells, _change(first, now)))
+            rows.append(row_of(name, *cells, _change(first, now)))
     old_values, new_values = _flatten(before or {}), _flatten(after or {})
     previous = None
     for task, metric in dict.fromkeys([*old_values, *new_values]):
@@ -164,15 +167,22 @@ def before_after(report: Values, evaluations: Sequence[Values]) -> str:
             rows.append(_part(task, 4))
         old_pair, new_pair = old_values.get((task, metric)), new_values.get((task, metric))
         change = _change(old_pair and old_pair[0], new_pair and new_pair[0])
-        rows.append(_row(escaped(metric), _measured(old_pair), _measured(new_pair), change))
+        rows.append(row_of(escaped(metric), _measured(old_pair), _measured(new_pair), change))
     head = ("", "Before" if before else "Dense", "After" if after else "Now", "Change")
     note = "Sizes and FLOPs leave zeros out; a dense kernel still stores and multiplies them."
-    return _table(head, rows) + f'<p class="muted small" style="margin:14px 0 0">{note}</p>'
+    return table_of(head, rows) + f'<p class="muted small" style="margin:14px 0 0">{note}</p>'
 
 
 def evaluations_during(evaluations: Sequence[Values]) -> str:
     """Return the table of evaluations by step; empty if there is none but the first and the last."""
     if {evaluation.get("label") for evaluation in evaluations} <= {"before", "after"}:
+        return ""
+    return evaluations_table(evaluations)
+
+
+def evaluations_table(evaluations: Sequence[Values], *, has_sparsity: bool = True) -> str:
+    """Return the table of all evaluations by step, with the sparsity at each or without; empty if there is none."""
+    if not evaluations:
         return ""
     flat = [_flatten(evaluation) for evaluation in evaluations]
     keys = list(dict.fromkeys(key for values in flat for key in values))
@@ -182,25 +192,37 @@ def evaluations_during(evaluations: Sequence[Values]) -> str:
         sparsity = summary.get("sparsity") if isinstance(summary, Mapping) else None
         cells = [_measured(values.get(key)) for key in keys]
         label, step = (escaped(evaluation.get(key, "-")) for key in ("label", "step"))
-        rows.append(_row(label, step, format_percent(sparsity), *cells))
-    head = ["", "Step", "Sparsity", *(f"{task}: {metric}" for task, metric in keys)]
-    return _table(head, rows)
+        rows.append(row_of(label, step, *([format_percent(sparsity)] if has_sparsity else []), *cells))
+    head = ["", "Step", *(["Sparsity"] if has_sparsity else []), *(f"{task}: {metric}" for task, metric in keys)]
+    return table_of(head, rows)
 
 
-def cards(report: Values, evaluations: Sequence[Values]) -> str:
-    """Return the figures that matter most, and the first metric of each of the first two tasks."""
-    figures = [(format_percent(report.get("sparsity")), "of the targets' weights are zero")]
-    kept, total = as_number(report.get("num_nonzeros")), as_number(report.get("num_parameters"))
-    if kept is not None and total:
-        figures.append((format_count(kept), f"of {format_count(total)} parameters are not zero"))
+def cards(report: Values, evaluations: Sequence[Values], *, figures: Sequence[tuple[str, str]] | None = None) -> str:
+    """Return the figures that matter most, and the first metric of each of the first two tasks.
+
+    Args:
+        report: what was pruned.
+        evaluations: the tasks.
+        figures: values, each with what it is, in place of those of a pruned model.
+    """
+    figures = _pruned_figures(report) if figures is None else list(figures)
     before, after = (_flatten(_labelled(evaluations, label) or {}) for label in ("before", "after"))
-    first_of_task = {task: (task, metric) for task, metric in reversed(after) if (task, metric) in before}
+    first_of_task = {task: (task, metric) for task, metric in reversed(after)}
     for key in list(reversed(first_of_task.values()))[:2]:
-        figures.append((format_value(after[key][0]), f"{key[0]}: {key[1]}, before {format_value(before[key][0])}"))
+        said = f", before {format_value(before[key][0])}" if key in before else ""
+        figures.append((format_value(after[key][0]), f"{key[0]}: {key[1]}{said}"))
     body = "".join(
         f'<div class="card"><b>{escaped(value)}</b><span>{escaped(label)}</span></div>' for value, label in figures
     )
     return f'<div class="cards">{body}</div>'
+
+
+def _pruned_figures(report: Values) -> list[tuple[str, str]]:
+    figures = [(format_percent(report.get("sparsity")), "of the targets' weights are zero")]
+    kept, total = as_number(report.get("num_nonzeros")), as_number(report.get("num_parameters"))
+    if kept is not None and total:
+        figures.append((format_count(kept), f"of {format_count(total)} parameters are not zero"))
+    return figures
 
 
 def _measure_name(gap: Values) -> str:
@@ -238,8 +260,8 @@ def recovery_table(recovery: Values) -> str:
     rows = []
     for gap in gaps:
         values = (escaped(format_value(gap.get(moment))) for moment in _MOMENTS)
-        rows.append(_row(escaped(_measure_name(gap)), *values, f"<b>{format_percent(gap.get('share'))}</b>"))
-    table = _table(["", *_MOMENTS.values(), "Gap recovered"], rows) if rows else ""
+        rows.append(row_of(escaped(_measure_name(gap)), *values, f"<b>{format_percent(gap.get('share'))}</b>"))
+    table = table_of(["", *_MOMENTS.values(), "Gap recovered"], rows) if rows else ""
     return table + _recovery_facts(recovery, gaps)
 
 
@@ -253,9 +275,9 @@ def targets_table(targets: Sequence[Values]) -> str:
         bar = f'<span class="bar" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i></span>'
         counts = (f"{int(as_number(target.get(key)) or 0):,}" for key in ("num_weights", "num_zeros"))
         rows.append(
-            _row(f"<code>{escaped(target.get('name'))}</code>", escaped(size), *counts, bar + format_percent(share))
+            row_of(f"<code>{escaped(target.get('name'))}</code>", escaped(size), *counts, bar + format_percent(share))
         )
-    table = _table(("Target", "Shape", "Weights", "Zeros", "Sparsity"), rows)
+    table = table_of(("Target", "Shape", "Weights", "Zeros", "Sparsity"), rows)
     if len(targets) <= _MAX_OPEN_TARGETS:
         return table
     return f"<details><summary>Show all {len(targets)} targets</summary>{table}</details>"
@@ -263,4 +285,6 @@ def targets_table(targets: Sequence[Values]) -> str:
 
 def versions_table(versions: Mapping[str, str]) -> str:
     """Return the table of packages and their versions."""
-    return _table(("Package", "Version"), [_row(escaped(name), escaped(version)) for name, version in versions.items()])
+    return table_of(
+        ("Package", "Version"), [row_of(escaped(name), escaped(version)) for name, version in versions.items()]
+    )

@@ -14,13 +14,13 @@ from lightning_prune.report_plots import DARK, LIGHT, Grid, draw_heatmap, draw_h
 def figures(monkeypatch):
     """Collect every figure at the moment it becomes a picture."""
     found = []
-    finish = report_plots._png
+    finish = report_plots.png
 
     def keep(figure, theme):
         found.append(figure)
         return finish(figure, theme)
 
-    monkeypatch.setattr(report_plots, "_png", keep)
+    monkeypatch.setattr(report_plots, "png", keep)
     return found
 
 

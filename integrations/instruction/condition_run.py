@@ -25,7 +25,9 @@ from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.hooks import unwrap_optimizer
 from lightning_prune.integrations.instruction.marking import MarkingCollator
 from lightning_prune.integrations.instruction.rates import take_in
+from lightning_prune.integrations.instruction.record import ConditionRecord
 from lightning_prune.integrations.language_model import language_model
+from lightning_prune.predictors.collapse import Conditioning
 from lightning_prune.predictors.outer_call import OuterCall
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.stack import candidate_stacks
@@ -50,6 +52,8 @@ class ConditionRun:
         self._sample: dict[str, Tensor] | None = None  # that the guard measures with
         self._loss: _AddedLoss | None = None
         self._measured_at = -1
+        self._tokenizer: Any = None
+        self._record = ConditionRecord()
         self._is_below_adapters = False
         self._handles: list[RemovableHandle] = []
 
@@ -123,9 +127,12 @@ class ConditionRun:
             self._loss.hold()
         self.condition.begin(total_steps=total_steps)
         self._count(optimizers)
+        if is_new:
+            self._record = ConditionRecord()
         if not isinstance(self.condition, InstructionCondition):
             return
         self.condition.use_tokenizer(tokenizer)
+        self._tokenizer = tokenizer
         wanted = self.condition.num_start_sequences if is_new else 0
         guard = self.condition.options.guard
         wanted = max(wanted, 0 if guard is None else guard.num_sequences)
@@ -157,12 +164,49 @@ class ConditionRun:
         guard, sample = condition.options.guard, self._sample
         if sample is None or step % guard.every or step < int(condition.predictor.ramp_steps):
             return
-        found = condition.measure(sample)
+        found = self._measure(condition, sample, log)
+        if guard.has_collapsed(found) and guard.stops:
+            raise ValueError(guard.sentence(found))
+
+    def _measure(
+        self, condition: InstructionCondition, sample: dict[str, Tensor], log: Callable[[dict[str, float]], None]
+    ) -> Conditioning:
+        """Measure how much the masks depend on what is read, log and keep it, and warn of a collapse; collective."""
+        guard, found = condition.options.guard, condition.measure(sample)
         log({f"prune/{name}": value for name, value in found.metrics().items()})
-        if guard.has_collapsed(found):
-            if guard.stops:
-                raise ValueError(guard.sentence(found))
+        self._record.add(condition.step, found, self._texts(condition, sample))
+        if guard is not None and guard.has_collapsed(found) and not guard.stops:
             distributed.log(logger, logging.WARNING, "%s", guard.sentence(found))
+        return found
+
+    def _texts(self, condition: InstructionCondition, sample: dict[str, Tensor]) -> list[str]:
+        """Return the instructions of some rows; their tokens, where nothing turns these into text."""
+        prompt = condition.prompt(sample)
+        rows = [ids[there.bool()].tolist() for ids, there in zip(prompt.ids, prompt.attention, strict=True)]
+        decode = getattr(self._tokenizer, "decode", None)
+        return [str(row) if decode is None else str(decode(row)) for row in rows]
+
+    def conclude(self, log: Callable[[dict[str, float]], None], *, is_served: bool) -> None:
+        """Measure the masks a last time, when training has ended, and serve one of the prompts; collective.
+
+        Args:
+            log: sends metrics to the trainer's logger.
+            is_served: whether one prompt is served, on the first process, to time it.
+        """
+        condition, sample = self.condition, self._sample
+        if not isinstance(condition, InstructionCondition) or sample is None:
+            return
+        if self._record.last_step != condition.step:
+            self._measure(condition, sample, log)
+        if is_served and distributed.is_first_rank():
+            prompt = condition.prompt(sample)
+            self._record.serve(condition, prompt.ids[:1, prompt.attention[0].bool()])
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the report shows; None before a model was conditioned."""
+        if self.condition is None:
+            return None
+        return {"method": type(self.method).__name__, **self._record.as_dict(self.condition)}
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged of the last training call."""
@@ -227,10 +271,13 @@ class ConditionRun:
         logger.info("exported: %s", saving.save_conditional(self.condition, folder, **options))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was added where the trainer's own checkpoints leave it out, as they do beside adapters."""
-        if self.condition is None or not self._is_below_adapters:
-            return {}
-        return {name: distributed.whole_state_dict(one) for name, one in self.condition.added().items()}
+        """Return what was measured, and what was added where the trainer's own checkpoints leave it out.
+
+        They do beside adapters.
+        """
+        added = self._added_below_adapters()
+        modules = {name: distributed.whole_state_dict(one) for name, one in added.items()}
+        return {"record": self._record.state_dict(), "modules": modules}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what was saved.
@@ -238,14 +285,18 @@ class ConditionRun:
         Raises:
             ValueError: if it is of another model or method.
         """
-        added = self.condition.added() if self.condition is not None and self._is_below_adapters else {}
-        if added.keys() != state.keys():
+        added, saved = self._added_below_adapters(), state["modules"]
+        if added.keys() != saved.keys():
             raise ValueError(
-                f"the checkpoint holds {', '.join(state) or 'no condition'} and this training {', '.join(added)}; "
+                f"the checkpoint holds {', '.join(saved) or 'no condition'} and this training {', '.join(added)}; "
                 "resume with the recipe that it was saved with"
             )
         for name, one in added.items():
-            distributed.load_whole(one, state[name])
+            distributed.load_whole(one, saved[name])
+        self._record.load_state_dict(state["record"])
+
+    def _added_below_adapters(self) -> Mapping[str, nn.Module]:
+        return self.condition.added() if self.condition is not None and self._is_below_adapters else {}
 
 
 def base_model(model: nn.Module) -> nn.Module:
