@@ -83,6 +83,6 @@ MUTATIONS = (
         "integrations/lightning_cli.py",
         "            self.datamodule.write_tasks()",
         "            pass",
-        "tests/integrations/test_lightning_cli.py -k tasks_of_held_out",
+        "tests/integrations/test_lightning_cli.py -k held_out_text",
     ),
 )

@@ -1,5 +1,6 @@
 """`lightning-prune run`: LightningCLI with the recipe's pruning, for our classes and the user's own."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from lightning_prune import cli
+from lightning_prune.integrations.instruction.folder import is_conditional
 from lightning_prune.recipe import Recipe
 from tests.integrations.trainings import resumes_in_place
 from tests.model_folders import TEXT, write_model_folder
@@ -157,6 +159,36 @@ def test_a_model_folder_fills_the_language_model(workplace: Path) -> None:
     trained = weights(workplace / "saved" / "step=4.ckpt")[name]
     assert trained.shape == (48, 32)
     assert int((trained == 0).sum()) == trained.numel() // 2
+
+
+def test_a_condition_trains_evaluates_on_tasks_of_held_out_text_serves_and_reports(workplace: Path) -> None:
+    folder = write_model_folder(workplace / "model")
+    (workplace / "texts").mkdir()
+    for number in range(4):
+        lines = (f"the quick brown fox number {number} jumps over {line} lazy dogs" for line in range(60))
+        (workplace / "texts" / f"{number}.txt").write_text("\n".join(lines))
+    data = {"path": "texts", "tokenizer": str(folder), "window": 16, "batch_size": 4, "hold_out": 2, "tasks": "tasks"}
+    condition = {"budget": {"keep": 0.5}, "reads": {"source": "chunk", "chunk": 4}, "start": None}
+    recipe = yaml.safe_load(RECIPE) | {
+        "data": {"class_path": "lightning_prune.integrations.text_data.TextData", "init_args": data},
+        "condition": {
+            "class_path": "Instruction",
+            "init_args": condition | {"guard": {"every": 2, "num_sequences": 4}},
+        },
+        "evaluate": {"tasks": ["next_line"], "include_path": "tasks", "limit": 3, "at": ["end"]},
+        "export": {"format": "conditional", "dir": "out"},
+        "report": {"dir": "report"},
+    }
+    del recipe["model"], recipe["prune"]
+    recipe["trainer"] |= {"max_steps": 4, "limit_val_batches": 1}
+    (workplace / "conditioned.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--model", str(folder), "--model.warmup_steps=0", "--condition.guard.every=3", "--condition.ramp=0"]
+    assert cli.main(["run", "--config", "conditioned.yaml", *options]) == 0
+    record = json.loads((workplace / "report" / "report.json").read_text())
+    assert [entry["step"] for entry in record["condition"]["measurements"]] == [3, 4]
+    assert 0 <= record["evaluations"][-1]["results"]["next_line"]["acc"] <= 1
+    assert record["condition"]["first_token"]["difference"] < 1e-4
+    assert is_conditional(workplace / "out")
 
 
 WRONG = [
