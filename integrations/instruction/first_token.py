@@ -5,6 +5,7 @@ Everything happens on the model as it stands, on one prompt; the medians of a fe
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -55,8 +56,8 @@ def first_token(condition: InstructionCondition, ids_1T: Tensor) -> dict[str, An
         sub_models.gather(select())  # builds the class of the small model
         for _ in range(_NUM_ROUNDS):
             selection = _timed(seconds["predicting"], select, ids_1T)
-            small = _timed(seconds["gathering"], lambda chosen=selection: sub_models.gather(chosen), ids_1T)
-            logits = _timed(seconds["prefill"], lambda made=small: made(input_ids=ids_1T), ids_1T).logits
+            small = _timed(seconds["gathering"], partial(sub_models.gather, selection), ids_1T)
+            logits = _timed(seconds["prefill"], partial(small, input_ids=ids_1T), ids_1T).logits
             _timed(seconds["whole_prefill"], whole, ids_1T)
         masked = model(input_ids=ids_1T).logits
     found: dict[str, Any] = {name: median(taken) for name, taken in seconds.items()}

@@ -90,8 +90,8 @@ class Conditioning:
         """Return the mean over all processes, which then decide alike; collective."""
         numbers = [self.overlap, self.spread, self.swap_cost, self.own_loss, self.whole_loss, *self.by_group, 1.0]
         total = distributed.sum_everywhere(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
-        shared, spread, *losses = (number / total[-1] for number in total[:-1])
-        return Conditioning(shared, tuple(losses[3:]), spread, *losses[:3], choices=self.choices)
+        shared, spread, cost, own, whole, *by_group = (number / total[-1] for number in total[:-1])
+        return Conditioning(shared, tuple(by_group), spread, cost, own, whole, self.choices)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers to log."""
