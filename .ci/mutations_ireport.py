@@ -25,8 +25,8 @@ MUTATIONS = (
     Mutation(
         "losses under all masks are of the same tokens",
         "lightning_prune/conditional/instruction.py",
-        'batch if labels is None else {**batch, "labels": labels}',
-        "batch",
+        '{**batch, "labels": self.prompt(batch).labels}',
+        "dict(batch)",
         f"{RECORDED} -k same_tokens",
     ),
     Mutation(

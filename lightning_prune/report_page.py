@@ -164,6 +164,35 @@ def _page(report: Values, figures: str, sections: Mapping[str, str], title: str)
     )
 
 
+def _parts(
+    folder: Path,
+    report: Values,
+    history: Sequence[Values],
+    evaluations: Sequence[Values],
+    recovery: Values | None,
+    condition: Values | None,
+) -> tuple[str, str, dict[str, str], dict[str, str]]:
+    """Return the title, the figures, and the sections before and after the notes."""
+    recovered = "" if recovery is None else _recovery(folder / "recovery.png", recovery)
+    if condition is None:
+        title, figures = "Pruning report", cards(report, evaluations)
+        first = {"Before and after": before_after(report, evaluations), "Recovery": recovered}
+        last = {
+            "Sparsity and loss over time": _history_plot(folder / "history.png", history),
+            "Evaluations during the run": evaluations_during(evaluations),
+            **_target_sections(folder / "layers.png", _listed(report, "targets")),
+        }
+    else:
+        title, figures = "Conditioning report", cards(report, evaluations, figures=condition_figures(condition))
+        first = {"Evaluations": evaluations_table(evaluations, has_sparsity=False), "Recovery": recovered}
+        losses = [{key: value for key, value in entry.items() if key != "sparsity"} for entry in history]
+        last = {
+            **condition_sections(folder, condition),
+            "Loss over time": _history_plot(folder / "history.png", losses),
+        }
+    return title, figures, first, last
+
+
 def write_report(
     directory: str | os.PathLike[str],
     *,
@@ -203,26 +232,9 @@ def write_report(
     all_versions = dict(_installed_versions() if versions is None else versions)
     record = {"format": _FORMAT, "report": report, "history": history, "evaluations": evaluations}
     record |= {"recipe": recipe_text, "notes": all_notes, "versions": all_versions}
-    parts = {"recovery": recovery, "condition": condition}
-    record |= {name: part for name, part in parts.items() if part is not None}
+    record |= {k: part for k, part in (("recovery", recovery), ("condition", condition)) if part is not None}
     write_file(folder / "report.json", json.dumps(_plain(record), indent=1, allow_nan=False).encode())
-    recovered = "" if recovery is None else _recovery(folder / "recovery.png", recovery)
-    if condition is None:
-        title, figures = "Pruning report", cards(report, evaluations)
-        first = {"Before and after": before_after(report, evaluations), "Recovery": recovered}
-        last = {
-            "Sparsity and loss over time": _history_plot(folder / "history.png", history),
-            "Evaluations during the run": evaluations_during(evaluations),
-            **_target_sections(folder / "layers.png", _listed(report, "targets")),
-        }
-    else:
-        title, figures = "Conditioning report", cards(report, evaluations, figures=condition_figures(condition))
-        first = {"Evaluations": evaluations_table(evaluations, has_sparsity=False), "Recovery": recovered}
-        losses = [{key: value for key, value in entry.items() if key != "sparsity"} for entry in history]
-        last = {
-            **condition_sections(folder, condition),
-            "Loss over time": _history_plot(folder / "history.png", losses),
-        }
+    title, figures, first, last = _parts(folder, report, history, evaluations, recovery, condition)
     sections = {
         **first,
         "Notes": _notes(all_notes),
@@ -230,5 +242,5 @@ def write_report(
         "Recipe": f'<pre tabindex="0">{escaped(recipe_text)}</pre>',
         "Versions": versions_table(all_versions),
     }
-    write_file(folder / "index.html", _page(report, figures, sections, title).encode())
-    return folder / "index.html"
+    write_file(page := folder / "index.html", _page(report, figures, sections, title).encode())
+    return page

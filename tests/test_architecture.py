@@ -175,7 +175,12 @@ FLOORS: dict[str, float] = {
 }
 CORE_NEEDS = {"torch", "torchmetrics", "jsonargparse", "yaml", "tqdm"}
 # Optional needs of the core, imported inside the function that uses them.
-LAZY_NEEDS = {"report_plots": {"matplotlib"}, "export.dense": {"safetensors"}, "export.read_back": {"safetensors"}}
+LAZY_NEEDS = {
+    "report_plots": {"matplotlib"},
+    "report_condition_plots": {"matplotlib"},
+    "export.dense": {"safetensors"},
+    "export.read_back": {"safetensors"},
+}
 TRAINERS = {"lightning", "pytorch_lightning", "transformers", "accelerate", "peft", "lm_eval", "datasets", "trl"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 

@@ -25,7 +25,7 @@ from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.hooks import unwrap_optimizer
 from lightning_prune.integrations.instruction.marking import MarkingCollator
 from lightning_prune.integrations.instruction.rates import take_in
-from lightning_prune.integrations.instruction.record import ConditionRecord
+from lightning_prune.integrations.instruction.record import ConditionRecord, joined
 from lightning_prune.integrations.language_model import language_model
 from lightning_prune.predictors.collapse import Conditioning
 from lightning_prune.predictors.outer_call import OuterCall
@@ -141,7 +141,7 @@ class ConditionRun:
         device = distributed.local(next(module.parameters()).detach()).device
         with _unnoticed():
             batches = list(_taken(train_batches, wanted, device))
-            self._sample = None if guard is None else _joined(batches, guard.num_sequences)
+            self._sample = None if guard is None else joined(batches, guard.num_sequences)
             if is_new and self.condition.num_start_sequences:
                 self.condition.warm_start(batches)
 
@@ -348,21 +348,6 @@ def _taken(batches: Batches | None, num_sequences: int, device: torch.device) ->
         num += len(found["input_ids"])
         if num >= num_sequences:
             return
-
-
-def _joined(batches: list[dict[str, Tensor]], num_sequences: int) -> dict[str, Tensor]:
-    """Return rows of several batches as one, padded on the right to one length with what is left out."""
-    names = ("input_ids", "attention_mask", "labels")
-    filling = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    length = max(batch["input_ids"].shape[1] for batch in batches)
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in batches:
-        given = {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"], **batch}
-        for name in names:
-            more = length - given[name].shape[1]
-            parts[name].append(nn.functional.pad(given[name], (0, more), value=filling[name]))
-    every = max(1, sum(len(part) for part in parts["input_ids"]) // num_sequences)
-    return {name: torch.cat(part)[::every][:num_sequences] for name, part in parts.items()}
 
 
 class _AddedLoss:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune import distributed
@@ -18,7 +19,7 @@ from lightning_prune.names import shorten
 from lightning_prune.predictors.collapse import Conditioning, overlaps
 from lightning_prune.structured.groups import Group
 
-__all__ = ["ConditionRecord", "num_activated"]
+__all__ = ["ConditionRecord", "joined", "num_activated"]
 
 logger = logging.getLogger(__name__)
 _NUM_CHARACTERS = 100  # of an instruction that the report names
@@ -111,3 +112,18 @@ def num_activated(model: nn.Module, groups: Sequence[Group], keep: Sequence[int]
             if member.name in shapes:
                 shapes[member.name][member.dim] -= (group.num_units - k) * sum(size for _, size in member.runs)
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def joined(batches: list[dict[str, Tensor]], num_sequences: int) -> dict[str, Tensor]:
+    """Return rows of several batches as one, padded on the right to one length with what is left out."""
+    names = ("input_ids", "attention_mask", "labels")
+    filling = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in batches:
+        given = {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"], **batch}
+        for name in names:
+            more = length - given[name].shape[1]
+            parts[name].append(nn.functional.pad(given[name], (0, more), value=filling[name]))
+    every = max(1, sum(len(part) for part in parts["input_ids"]) // num_sequences)
+    return {name: torch.cat(part)[::every][:num_sequences] for name, part in parts.items()}

@@ -176,9 +176,8 @@ class InstructionCondition(Condition):
 
     def __init__(self, options: Instruction, model: nn.Module, predictor: MaskPredictor) -> None:
         self.options, self.model, self.predictor = options, model, predictor
-        self._step = 0
+        self._step, self._is_whole = 0, False
         self._fixed: list[Tensor] | None = None
-        self._is_whole = False
         self._seen: list[_Seen] | None = None  # what calls predicted, while somebody looks
         predictor.condition = self
         predictor.units.attach(model)
@@ -291,17 +290,14 @@ class InstructionCondition(Condition):
     @torch.no_grad()
     def measure(self, batch: Mapping[str, Any]) -> Conditioning:
         """Measure, on the rows of a batch with labels, how much the masks depend on the instruction; collective."""
-        with evaluating(self.model):
-            labels = self.prompt(batch).labels
-            batch = batch if labels is None else {**batch, "labels": labels}  # that every loss below is of
-            with self._looking() as seen:
-                losses = {"own_loss": float(self.model(**batch).loss)}
-            masks = self.predictor.masks(seen[0].scores)
+        with evaluating(self.model), self._looking() as seen:
+            batch = {**batch, "labels": self.prompt(batch).labels}  # that every loss below is of
+            own, masks = float(self.model(**batch).loss), self.predictor.masks(seen[0].scores)
             order = _apart(masks)
             with self.fixed([mask[order] for mask in masks]):
-                losses["swapped_loss"] = float(self.model(**batch).loss)
+                swapped = float(self.model(**batch).loss)
             with self.whole():
-                losses["whole_loss"] = float(self.model(**batch).loss)
+                losses = {"own_loss": own, "swapped_loss": swapped, "whole_loss": float(self.model(**batch).loss)}
         return Conditioning.of(masks, seen[0].scores, **losses).mean_of_ranks(masks[0].device)
 
     @contextmanager
