@@ -217,8 +217,7 @@ def write_report(
         notes: what a reader must know; those of the report are added.
         versions: name -> version; those of the installed packages if left out.
         recovery: `RecoveryReport.as_dict()`; None where nothing was recovered, and the page does not speak of it.
-        condition: what `condition_sections` shows of a model that chooses its parts per input, for which the page does
-            not speak of sparsity; None for all others.
+        condition: what `condition_sections` shows, on a page that does not speak of sparsity; None for other models.
 
     Returns:
         the path of index.html.
