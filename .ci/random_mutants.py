@@ -4,7 +4,8 @@ Run:  python .ci/random_mutants.py [--num 100] [--seed N] [--jobs 2] [--out FILE
 
 A mutant is one change of the syntax tree of one file: a comparison turned (`<` to `<=`, `==` to `!=`, `is` to
 `is not`, `in` to `not in`), a sign turned (`+` to `-`, a minus dropped), a call whose result is not used dropped, or a
-`raise` dropped. It is tried in a copy of the checkout, against the tests that mirror its file and those that import it.
+`raise` dropped. It is tried in a copy of the checkout, against the tests that mirror its file, those that import it,
+and a few that reach it through what imports it.
 Without `--seed` one is drawn and printed. What survives, and what no test had noticed when the time was over, is shown
 as a difference, to be read by a person: a change that alters nothing is no gap in the tests.
 """
@@ -45,6 +46,7 @@ TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }
 LOGGING = re.compile(r"(^|\.)(logger|log|warn|warning|debug|info|set_description|set_postfix)\b")
 TIMEOUT_S = 420
+NUM_FAR = 6
 
 
 @dataclass(frozen=True)
@@ -134,25 +136,71 @@ def test_texts() -> dict[Path, str]:
     return {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
 
 
-def tests_of(file: Path) -> list[str]:
-    """Return the tests that mirror a file, then those that import it."""
+def dotted(file: Path) -> str:
+    """Return the name by which a file of the library is imported."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "lightning_prune" else ("lightning_prune", *parts))
+
+
+@cache
+def library() -> list[Path]:
+    """Return the files that are changed."""
+    return [*sorted((ROOT / "lightning_prune").rglob("*.py")), *sorted((ROOT / "integrations").rglob("*.py"))]
+
+
+@cache
+def importers() -> dict[str, list[Path]]:
+    """Return, of every name a file of the library is imported by, the files that import it, inside functions too."""
+    known = {dotted(file) for file in library()}
+    found: dict[str, list[Path]] = {name: [] for name in known}
+    for file in library():
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Import(names=aliases):
+                    names |= {alias.name for alias in aliases}
+                case ast.ImportFrom(module=str(module), names=aliases):
+                    names |= {module, *(f"{module}.{alias.name}" for alias in aliases)}
+                case ast.Constant(value=str(value)):
+                    names.add(value)  # given to importlib
+        for name in names & known - {dotted(file)}:
+            found[name].append(file)
+    return found
+
+
+def mirrors_of(file: Path) -> list[Path]:
+    """Return the tests that are named after a file."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     inner = parts[1:] if parts[0] == "lightning_prune" else parts
     mirror = ROOT.joinpath("tests", *inner[:-1], f"test_{inner[-1]}.py")
-    dotted = ".".join(("lightning_prune", *inner))
-    package, _, leaf = dotted.rpartition(".")
-    says = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(package)} import [^\n]*\b{leaf}\b")
-    found = [path for path, text in test_texts().items() if path != mirror and says.search(text)]
     sibling = [path for path in test_texts() if path.stem.startswith(f"test_{inner[-1]}_")]
-    chosen = dict.fromkeys([*([mirror] if mirror.exists() else []), *sibling, *found])
-    return [str(path.relative_to(ROOT)) for path in chosen]
+    return [*([mirror] if mirror.exists() else []), *sibling]
+
+
+def tests_of(file: Path) -> list[str]:
+    """Return the tests that mirror a file, those that import it, then some that reach it through what imports it.
+
+    Of the last there are at most `NUM_FAR`: those that mirror a file that imports it, nearest first. A change that the
+    first tests notice costs none of their time, since tests stop at the first failure.
+    """
+    name = dotted(file)
+    package, _, leaf = name.rpartition(".")
+    says = re.compile(rf"{re.escape(name)}\b|from {re.escape(package)} import [^\n]*\b{leaf}\b")
+    near = dict.fromkeys([*mirrors_of(file), *(path for path, text in test_texts().items() if says.search(text))])
+    far: dict[Path, None] = {}
+    reached, seen = [file], {file}
+    while reached and len(far) < NUM_FAR:
+        above = dict.fromkeys(path for one in reached for path in importers()[dotted(one)] if path not in seen)
+        seen |= set(above)
+        reached = list(above)
+        far |= dict.fromkeys(test for one in reached for test in mirrors_of(one) if test not in near)
+    return [str(path.relative_to(ROOT)) for path in [*near, *list(far)[:NUM_FAR]]]
 
 
 def draw(num: int, seed: int) -> list[tuple[Path, ast.Module, tuple[tuple[str, int], ...], str]]:
     """Draw places at random: a file first, so that long files do not take all, then a kind in it, then a place."""
     rng = random.Random(seed)
-    files = [*sorted((ROOT / "lightning_prune").rglob("*.py")), *sorted((ROOT / "integrations").rglob("*.py"))]
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in library()}
     found = {path: list(places(tree)) for path, tree in trees.items() if tests_of(path)}
     found = {path: spots for path, spots in found.items() if spots}
     drawn: dict[

@@ -1,12 +1,17 @@
 """Masks that cannot be chosen in training are kept, said once, and chosen as soon as there is something to go by."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Cubic, Once, Sparsifier
+from lightning_prune import Cubic, Once, Sparsifier, Targets, Unstructured, distributed, observation
+from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.chosen_masks import choose
+from lightning_prune.decision import Decision
+from lightning_prune.observation import Observation
 from lightning_prune.scorers.taylor import Taylor
 from lightning_prune.scorers.wanda import Wanda
 from tests.tiny_models import tiny_llama, token_windows
@@ -137,3 +142,24 @@ def test_what_is_behind_comes_back_from_a_saved_state(used: list[bool]) -> None:
     assert num_zeros(again) == num_zeros(conductor) == [32, 32]
     assert all(torch.equal(again.masks[name], mask) for name, mask in conductor.masks.items())
     assert again.state_dict()["digest"] == conductor.state_dict()["digest"]
+
+
+def test_what_only_another_rank_has_seen_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Rare()
+    bindings = Targets().resolve(model)
+    seen = Observation(Wanda(), bindings)
+    decision = Decision(
+        bindings=bindings,
+        scorer=Wanda(),
+        granularity=Unstructured(),
+        allocation=Uniform(),
+        held={},
+        read=seen.read,
+        step=0,
+        seed=0,
+    )
+    two_ranks = {"is_active": lambda: True, "sum_everywhere": lambda flags: flags + 1}
+    monkeypatch.setattr(observation, "distributed", SimpleNamespace(**vars(distributed) | two_ranks))
+    choice = choose(decision, seen, 0.5)
+    assert choice.missed == []
+    assert [binding.name for binding in choice.blind] == ["blocks.0.weight", "blocks.1.weight"]

@@ -57,3 +57,9 @@ def test_a_clock_that_ran_past_the_plan_is_told() -> None:
         "the optimizer was stepped 11 times where 10 steps were planned, so the schedule ran too fast; give the number "
         "of its steps (total_steps)"
     ]
+
+
+def test_a_guarded_run_without_a_step_is_not_laid_to_the_guard() -> None:
+    silent = ending(0, 0, 8, 0.0, 0.5, guarded="val")
+    assert list(remarks(silent)) == []
+    assert len(list(breaches(silent))) == 1

@@ -60,9 +60,14 @@ def test_another_form_carries_the_note_along(tmp_path: Path) -> None:
     sparse = tmp_path / "sparse"
     overrides = ['prune.targets.include=["*.mlp.*.weight"]']
     run_oneshot("oneshot/magnitude_half", model=str(folder), out=str(sparse), overrides=overrides, device="cpu")
-    export_model(str(sparse), str(tmp_path / "dense"), form="dense")
     note = json.loads((sparse / "sparsity.json").read_text())
-    assert json.loads((tmp_path / "dense" / "sparsity.json").read_text()) == note
+    expected = AutoModelForCausalLM.from_pretrained(sparse).state_dict()
+    for form in ("dense", "huggingface"):
+        export_model(str(sparse), str(tmp_path / form), form=form)
+        assert json.loads((tmp_path / form / "sparsity.json").read_text()) == note
+    assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == ["model.safetensors", "sparsity.json"]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface").state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in expected.items())
     assert set(note["targets"].values()) == {0.5}
     assert len(note["targets"]) == 2 * 3
 

@@ -212,3 +212,13 @@ def test_a_call_goes_through_and_is_watched_once(tmp_path: Path) -> None:
     assert vars(trainer)["train"] is call
     assert not isinstance(call.method, TrainCall)
     assert call.__name__ == "train"
+
+
+def test_a_resume_passes_a_half_written_checkpoint_by(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 4}
+    trainer = hf_trainer(tiny_llama(), tmp_path, [PruningCallback(recipe())], **saves)
+    trainer.train()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{")
+    again = hf_trainer(tiny_llama(seed=9), tmp_path, [PruningCallback(recipe())], **saves)
+    again.train(resume_from_checkpoint=True)
+    assert_same_weights(trainer.model, again.model)

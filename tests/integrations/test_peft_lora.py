@@ -19,7 +19,14 @@ from lightning_prune.integrations.peft_lora import (
     open_adapter,
     take_over_lora,
 )
-from lightning_prune.integrations.peft_merge import base_state, check_merge, export_adapter, merge, merged_state
+from lightning_prune.integrations.peft_merge import (
+    base_state,
+    check_merge,
+    export_adapter,
+    merge,
+    merged_state,
+    write_beside,
+)
 from lightning_prune.recovery.lora_options import LoraForm
 from tests.structured.families import build
 from tests.tiny_models import recompute_activations
@@ -372,3 +379,11 @@ def test_the_base_is_what_it_was_before_adapters() -> None:
     assert base is wrapped.get_base_model()
     assert weights.keys() == before.keys()
     assert all(torch.equal(weights[name], value) for name, value in before.items())
+
+
+def test_adapters_beside_a_folder_name_it_as_their_base(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    write_beside(wrapped, tmp_path / "adapter", base_folder="some/folder", state=wrapped.state_dict())
+    config = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert config.base_model_name_or_path == "some/folder"
+    assert wrapped.peft_config["default"].base_model_name_or_path != "some/folder"

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -109,3 +110,20 @@ def test_multiplying_a_quantized_weight_is_refused(tmp_path: Path) -> None:
     options = {"quantization_config": BitsAndBytesConfig(**FORMS["4 bit"]), "device_map": "cpu"}
     with pytest.raises(ValueError, match="form masked if they are quantized"):
         add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options), form="scaled", config={"r": 2})
+
+
+def test_the_update_inside_the_mask_is_added_to_the_quantized_product() -> None:
+    torch.manual_seed(0)
+    stack = nn.ModuleDict({"proj": nn.Linear(4, 3)})
+    base: Any = stack["proj"]
+    with torch.no_grad():
+        base.weight[:, ::2] = 0.0
+    layer: Any = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, lora_alpha=6, target_modules=["proj"], init_lora_weights=False), stack
+    )["proj"]
+    mask_quantized(layer, adapter="default")
+    inputs_TI = torch.randn(5, 4)
+    update_OI = 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (base.weight != 0)
+    expected = inputs_TI @ (base.weight + update_OI).T + base.bias
+    assert update_OI.abs().max() > 0.1
+    torch.testing.assert_close(layer(inputs_TI), expected)

@@ -87,6 +87,9 @@ def test_any_text_survives_the_tokenizer() -> None:
     assert len(tokenizer) == 270
     with pytest.raises(ValueError, match="vocab_size must hold 256 bytes and 3 special tokens, got 100"):
         train_tokenizer(["text"], vocab_size=100)
+    with pytest.raises(ValueError, match="got 258"):
+        train_tokenizer(["text"], vocab_size=258)
+    assert len(train_tokenizer(["text"], vocab_size=259)) == 259
 
 
 def test_every_fourth_document_is_held_out(folder: Path) -> None:

@@ -46,6 +46,18 @@ def test_kl_and_cross_entropy_match_torch(temperature: float, ce_weight: float) 
     torch.testing.assert_close(gradient(loss, student.detach(), FullTargets(teacher), target), grad, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("ce_weight", [0.5, 1.0])
+def test_smoothed_labels_and_their_gradient_match_torch(ce_weight: float) -> None:
+    student, teacher, target = logits(0).requires_grad_(), logits(1), labels()
+    loss = TokenLoss(divergence=ForwardKL(), ce_weight=ce_weight, label_smoothing=0.3)
+    counts = target != -100
+    expected_kd = functional.kl_div(student[counts].log_softmax(-1), teacher[counts].softmax(-1), reduction="sum")
+    expected_ce = functional.cross_entropy(student, target, reduction="sum", label_smoothing=0.3)
+    (grad,) = torch.autograd.grad(expected_kd + ce_weight * expected_ce, student)
+    torch.testing.assert_close(loss(student, FullTargets(teacher), target)[2], expected_ce, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient(loss, student.detach(), FullTargets(teacher), target), grad, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_gradient_by_differences(divergence: Divergence) -> None:
     student, teacher, target = logits(2), logits(3), labels()

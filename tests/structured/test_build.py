@@ -6,7 +6,7 @@ import pytest
 
 from lightning_prune.structured.build import build_smaller, field_edits
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.groups import Cut, Group, Plan
+from lightning_prune.structured.groups import Cut, Group, Plan, Share
 from lightning_prune.structured.structure import Stack, Structure
 from tests.tiny_models import tiny_llama
 
@@ -62,3 +62,16 @@ def test_blocks_that_do_not_exist_cannot_stay() -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"must be ascending numbers from 0 to 1, .* got \[1, 0\]"):
         build_smaller(model, discover(model, kinds=("ffn",)), Plan(cuts=(), layers=(1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(share=(Share(1, 0, 2),)), "block 1 is to share the matrices of block 0, .*format per_layer"),
+        (Plan(skip=((0, "mlp"),)), "removes attention or MLP of single blocks"),
+    ],
+)
+def test_what_the_stock_class_cannot_express_is_refused(plan: Plan, message: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        build_smaller(model, discover(model, kinds=("ffn",)), plan)

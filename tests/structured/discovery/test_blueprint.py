@@ -90,6 +90,7 @@ def test_modules_that_read_and_write_are_split_as_far_as_possible() -> None:
 def test_orders_of_units_in_fused_tensors() -> None:
     gate_up = Dimension("gate_up", 0, 2, 0, "out")
     assert list(layouts(gate_up, 5, parts_first=True)) == [((0, 1), (5, 1)), ((0, 2),)]
+    assert list(layouts(gate_up, 5, parts_first=False)) == [((0, 2),), ((0, 1), (5, 1))]
     qkv = Dimension("qkv", 0, 8, 0, "out")  # of each key/value group: 4 query entries, 2 key, 2 value
     first = next(layouts(qkv, 3, parts_first=False, query_size=4))
     assert first == ((0, 4), (12, 2), (18, 2))

@@ -413,3 +413,11 @@ def test_a_budget_that_removes_nothing_is_refused(budget: Any) -> None:
     with pytest.raises(ValueError, match="this budget removes nothing: all units of the 2 groups stay; give a higher"):
         prune(model, sparsity={"ffn": 0.0}, budget=budget)
     assert is_as_before()
+
+
+def test_a_group_outside_the_blocks_is_named() -> None:
+    model = tiny_llama()
+    model.stem = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
+    members = (Member("stem.0.weight", 0, ((0, 1),), "out"), Member("stem.1.weight", 1, ((0, 1),), "in"))
+    with pytest.raises(ValueError, match="stem:ffn lies in none of the repeated blocks of the model"):
+        prune(model, [*llama_groups(model), Group("stem", "ffn", 0, 6, members)])
