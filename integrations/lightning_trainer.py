@@ -62,6 +62,8 @@ class PruningCallback(Callback):
         Raises:
             ValueError: if there are two pruning callbacks.
         """
+        if self.run.condition is not None:
+            self.run.prepare(pl_module)  # also for a test: a checkpoint of a conditioned model holds its predictor
         if stage != "fit":
             return
         self._is_begun = False
@@ -71,7 +73,7 @@ class PruningCallback(Callback):
         checkpoints = [callback for callback in others if callback in trainer.checkpoint_callbacks]
         rest = [callback for callback in others if callback not in checkpoints]
         trainer.callbacks = [*rest, self, *checkpoints]  # type: ignore[attr-defined]
-        if self.run.recovery is not None or self.run.condition is not None:
+        if self.run.recovery is not None:
             self.run.prepare(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

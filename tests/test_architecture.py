@@ -44,6 +44,8 @@ FLOORS: dict[str, float] = {
     "conditional": 3.6,
     "conditional.method": 3.5,
     "predictors.mask_predictor": 2.4,
+    "predictors.proof": 3.2,
+    "predictors.generation": 2.3,
     "predictors.sub_model": 3.2,
     "predictors.task_scores": 2.4,
     "predictors.unit_masks": 2.1,

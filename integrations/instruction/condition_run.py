@@ -20,15 +20,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed
+from lightning_prune.conditional.instruction import NAME as PREDICTOR
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.hooks import unwrap_optimizer
+from lightning_prune.integrations.instruction.added_loss import AddedLoss
 from lightning_prune.integrations.instruction.marking import MarkingCollator
 from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.instruction.record import ConditionRecord, joined
 from lightning_prune.integrations.language_model import language_model
 from lightning_prune.predictors.collapse import Conditioning
-from lightning_prune.predictors.outer_call import OuterCall
 from lightning_prune.structured.discovery.blueprint import Blueprint
 from lightning_prune.structured.discovery.stack import candidate_stacks
 from lightning_prune.structured.structure import Stack
@@ -50,7 +51,7 @@ class ConditionRun:
         self.method = method
         self.condition: Condition | None = None
         self._sample: dict[str, Tensor] | None = None  # that the guard measures with
-        self._loss: _AddedLoss | None = None
+        self._loss: AddedLoss | None = None
         self._measured_at = -1
         self._tokenizer: Any = None
         self._record = ConditionRecord()
@@ -70,7 +71,7 @@ class ConditionRun:
         self._is_below_adapters = model is not found
         if self.condition is None:
             self.condition = self._insert(model)
-            self._loss = _AddedLoss(self.condition, model)
+            self._loss = AddedLoss(self.condition, model)
             num = sum(p.numel() for one in self.condition.added().values() for p in one.parameters())
             said = "conditioning: %s in %s, %d parameters added"
             distributed.log(logger, logging.INFO, said, type(self.method).__name__, type(model).__name__, num)
@@ -80,6 +81,12 @@ class ConditionRun:
 
     def _insert(self, model: nn.Module) -> Condition:
         """Insert the method; below adapters, what it needs to know of the model is found in a copy without them."""
+        if hasattr(model, PREDICTOR):
+            raise ValueError(
+                f"this {type(model).__name__} has a {PREDICTOR} already, of another Trainer or of the folder it was "
+                "opened from; hand that callback to this Trainer, or take it off first: "
+                "model.mask_predictor.condition.remove()"
+            )
         if not self._is_below_adapters:
             return self.method.insert(model, _stack(model))
         plain = _without_adapters(model)
@@ -121,6 +128,11 @@ class ConditionRun:
                 "a condition changes what is trained, which must happen before the trainer makes its optimizer: give "
                 "the callback to the Trainer's constructor"
             )
+        if not _holds(module, self.condition):
+            raise ValueError(
+                "the model that is trained is not the one that was conditioned: the Trainer made another one since "
+                "(model_init?); give the Trainer the model itself"
+            )
         self.stop()
         self._measured_at = -1
         if self._loss is not None:
@@ -129,21 +141,26 @@ class ConditionRun:
         self._count(optimizers)
         if is_new:
             self._record = ConditionRecord()
-        if not isinstance(self.condition, InstructionCondition):
-            return
-        self.condition.use_tokenizer(tokenizer)
-        self._tokenizer = tokenizer
-        wanted = self.condition.num_start_sequences if is_new else 0
-        guard = self.condition.options.guard
+        if isinstance(self.condition, InstructionCondition):
+            self._tokenizer = tokenizer
+            self.condition.use_tokenizer(tokenizer)
+            self._read_data(self.condition, train_batches, is_new=is_new)
+
+    def _read_data(self, condition: InstructionCondition, train_batches: Batches | None, *, is_new: bool) -> None:
+        """Start the predictor from training data, and keep some for the guard; collective."""
+        condition.predictor.train()  # also where the trainer leaves a model in evaluation mode
+        is_new = is_new and not condition.predictor.is_trained  # what an earlier training learned stays
+        wanted = condition.num_start_sequences if is_new else 0
+        guard = condition.options.guard
         wanted = max(wanted, 0 if guard is None else guard.num_sequences)
         if not wanted:
             return
-        device = distributed.local(next(module.parameters()).detach()).device
+        device = distributed.local(next(condition.model.parameters()).detach()).device
         with _unnoticed():
             batches = list(_taken(train_batches, wanted, device))
             self._sample = None if guard is None else joined(batches, guard.num_sequences)
-            if is_new and self.condition.num_start_sequences:
-                self.condition.warm_start(batches)
+            if is_new and condition.num_start_sequences:
+                condition.warm_start(batches)
 
     def after_step(self, step: int, log: Callable[[dict[str, float]], None]) -> None:
         """Check what an optimizer step was taken on; now and then measure how much masks depend on what is read.
@@ -348,41 +365,6 @@ def _taken(batches: Batches | None, num_sequences: int, device: torch.device) ->
         num += len(found["input_ids"])
         if num >= num_sequences:
             return
-
-
-class _AddedLoss:
-    """Adds the term of a method to the loss in the model's output."""
-
-    def __init__(self, condition: Condition, model: nn.Module) -> None:
-        self.condition, self._was_added = condition, False
-        has_term = type(condition).loss is not Condition.loss
-        self._call = OuterCall(model, self._add) if has_term else None
-
-    def hold(self) -> None:
-        """Stand around what the training program has put in the place of the model's forward since."""
-        if self._call is not None:
-            self._call.hold()
-
-    def _add(self, forward: Callable[..., Any], batch: dict[str, Any]) -> Any:
-        output = forward(**batch)
-        term = self.condition.loss()
-        if term is not None and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + term
-            self._was_added = True
-        return output
-
-    def check_added(self) -> None:
-        """Check, once a step was taken, that the loss had the term in it.
-
-        Raises:
-            ValueError: if the training takes a loss of its own.
-        """
-        if self.condition.loss() is not None and not self._was_added:
-            raise ValueError(
-                f"{type(self.condition).__name__} adds a term to the loss in the model's output, and this training "
-                "computes its loss by itself (label smoothing, a loss function, logits alone); train on the model's "
-                "own loss: pass labels"
-            )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Mark, where batches are made, which tokens are the instruction.
 
 Trainers that smooth labels or bring a loss of their own take the labels out of the batch before the model is called;
-the mark stays in it.
+the mark stays in it. Trainers also count the labels of a batch to divide the loss by them, so the labels of a chunk
+that is read go out here.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,8 @@ class MarkingCollator:
     def __call__(self, features: Any) -> Any:
         """Return the batch, marked where it holds labels."""
         batch = self.collator(features)
-        if self.reads.source == "prefix" and isinstance(labels := batch.get("labels"), Tensor):
-            batch["instruction_mask"] = self.reads.find(batch, is_training=True).marks(labels.shape[1])
+        if isinstance(labels := batch.get("labels"), Tensor):
+            prompt = self.reads.find(batch, is_training=True)
+            batch["instruction_mask"] = prompt.marks(labels.shape[1])
+            batch["labels"] = prompt.labels
         return batch

@@ -15,6 +15,8 @@ __all__ = ["take_in"]
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "base_lr")  # entries of a group that are learning rates
 _LISTS_OF_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a schedule, one entry per group
+_LISTS = (*_LISTS_OF_RATES, "lr_lambdas", "base_momentums", "max_momentums")
+_MARK = "condition_rate"  # in a group that was made here, which is not to be made again
 
 
 def take_in(
@@ -42,13 +44,14 @@ def take_in(
     for optimizer in optimizers:
         sources = []
         for number, group in enumerate(list(optimizer.param_groups)):
-            moved = [p for p in group["params"] if id(p) in wanted]
+            moved = [] if _MARK in group else [p for p in group["params"] if id(p) in wanted]
             moved += missing if number == 0 else []
             if not moved:
                 continue
             group["params"] = [p for p in group["params"] if id(p) not in wanted]
-            rest = {name: value * rate if name in _RATES else value for name, value in group.items()}
-            optimizer.add_param_group(rest | {"params": moved})
+            is_rate = {name: name in _RATES and value is not None for name, value in group.items()}
+            rest = {name: value * rate if is_rate[name] else value for name, value in group.items()}
+            optimizer.add_param_group(rest | {"params": moved, _MARK: rate})
             sources.append(number)
         for schedule in schedules:
             _extend(schedule, optimizer, sources, rate)
@@ -62,6 +65,6 @@ def _extend(schedule: Any, optimizer: Optimizer, sources: Sequence[int], rate: f
         return
     before = len(optimizer.param_groups) - len(sources)
     for name, values in vars(schedule).items():
-        if isinstance(values, list) and name != "_schedulers" and len(values) == before:
+        if name in _LISTS and isinstance(values, list) and len(values) == before:
             factor = rate if name in _LISTS_OF_RATES else None
             values.extend([values[number] if factor is None else values[number] * factor for number in sources])

@@ -29,18 +29,17 @@ from lightning_prune.bounds import at_least
 from lightning_prune.calibration import evaluating
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.predictors.budget import Budget
-from lightning_prune.predictors.collapse import CollapseGuard, Conditioning
+from lightning_prune.predictors.collapse import CollapseGuard, Conditioning, rows_apart
 from lightning_prune.predictors.encoder import Encoder, OwnLayers
+from lightning_prune.predictors.generation import GenerationCall
 from lightning_prune.predictors.mask_predictor import MaskPredictor
 from lightning_prune.predictors.outer_call import OuterCall
 from lightning_prune.predictors.prompt import Prompt, Reads
+from lightning_prune.predictors.proof import check_masked_is_cut
 from lightning_prune.predictors.soft_top_k import SoftTopK
 from lightning_prune.predictors.unit_importance import UnitImportance, clusters, fit_head
 from lightning_prune.predictors.unit_masks import UnitMasks
 from lightning_prune.structured.discovery.discover import discover
-from lightning_prune.structured.discovery.probe import difference, outputs, tolerance
-from lightning_prune.structured.discovery.probe_inputs import probes
-from lightning_prune.structured.groups import Cut, Group, zeroed
 from lightning_prune.structured.structure import Stack, Structure
 
 __all__ = ["Instruction", "InstructionCondition", "Predictor", "Start"]
@@ -157,9 +156,9 @@ class Instruction(ConditionMethod):
             spread=self.predictor.spread,
             choice=self.choice,
         )
-        _prove(plain, UnitMasks(plain, groups).to(next(plain.parameters()).device), groups)
+        check_masked_is_cut(plain, UnitMasks(plain, groups).to(next(plain.parameters()).device), groups)
         first = next(model.parameters())
-        predictor.to(device=first.device)
+        predictor.to(device=first.device).train(model.training)
         model.add_module(NAME, predictor)
         return InstructionCondition(self, model, predictor)
 
@@ -182,6 +181,7 @@ class InstructionCondition(Condition):
         predictor.condition = self
         predictor.units.attach(model)
         self._call = OuterCall(model, self.run)
+        self._generation = GenerationCall(model)
 
     def added(self) -> Mapping[str, nn.Module]:
         """Return the predictor."""
@@ -220,6 +220,7 @@ class InstructionCondition(Condition):
     def remove(self) -> None:
         """Take the predictor and all hooks off the model."""
         self._call.release()
+        self._generation.release()
         self.predictor.units.detach()
         if getattr(self.model, NAME, None) is self.predictor:
             delattr(self.model, NAME)
@@ -244,11 +245,16 @@ class InstructionCondition(Condition):
 
     def prompt(self, batch: Mapping[str, Any]) -> Prompt:
         """Return what the predictor reads of the arguments of a call."""
-        return self.options.reads.find(batch, is_training=self.model.training)
+        return self.options.reads.find(batch, is_training=self.is_learning)
+
+    @property
+    def is_learning(self) -> bool:
+        """Return whether this is a call of a training: as the predictor's own mode says, whatever the model's is."""
+        return self.predictor.training and torch.is_grad_enabled()
 
     def masks_of(self, prompt: Prompt, keep: Sequence[int] | None = None) -> list[Tensor]:
         """Return the masks for a prompt, (B, U) for each group."""
-        if self.model.training:
+        if self.is_learning:
             prompt = self.options.reads.dropped(prompt, self.predictor.num_steps, self.options.seed)
             keep = self.options.budget.drawn(self.predictor.units.groups, self._step, self.options.seed)
         masks: list[Tensor] = self.predictor(prompt.ids, prompt.attention, keep)
@@ -293,7 +299,7 @@ class InstructionCondition(Condition):
         with evaluating(self.model), self._looking() as seen:
             batch = {**batch, "labels": self.prompt(batch).labels}  # that every loss below is of
             own, masks = float(self.model(**batch).loss), self.predictor.masks(seen[0].scores)
-            order = _apart(masks)
+            order = rows_apart(masks)
             with self.fixed([mask[order] for mask in masks]):
                 swapped = float(self.model(**batch).loss)
             with self.whole():
@@ -327,8 +333,11 @@ class InstructionCondition(Condition):
                 self._look(self.prompt(batch))
             with units.passing(None):
                 return unconditioned(**_without_instruction(batch))
-        cache = batch.get("past_key_values")
-        masks = self._fixed if self._fixed is not None else self._masks_in_cache(cache)
+        masks = self._fixed
+        if masks is None and self._generation.prompt is not None:
+            masks = self._generation.for_rows(len(batch["input_ids"]), self.masks_of)
+        if masks is None:
+            masks = self._masks_in_cache(batch.get("past_key_values"))
         if masks is None:
             prompt = self.prompt(batch)
             self._look(prompt)
@@ -340,7 +349,7 @@ class InstructionCondition(Condition):
         with units.passing(masks):
             output = unconditioned(**_without_instruction(batch))
         found = getattr(output, "past_key_values", None)
-        if found is not None and not self.model.training:
+        if found is not None and not self.is_learning:
             setattr(found, _CACHE_MARK, masks)
         return output
 
@@ -359,42 +368,3 @@ class InstructionCondition(Condition):
 
 def _without_instruction(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if not name.startswith("instruction_")}
-
-
-def _apart(masks: Sequence[Tensor]) -> Tensor:
-    """Return for each row another one whose units differ most from its own."""
-    chosen_BN = torch.cat([mask > 0 for mask in masks], dim=-1).float()
-    return (chosen_BN @ chosen_BN.T).fill_diagonal_(math.inf).argmin(-1)
-
-
-@torch.no_grad()
-def _prove(model: nn.Module, units: UnitMasks, groups: Sequence[Group]) -> None:
-    """Check that masking what is read equals zeroing the units, for two samples with different masks.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    batch = {name: value[:1].repeat(2, *[1] * (value.ndim - 1)) for name, value in probes(model)[0].items()}
-    device = next(model.parameters()).device
-    masks = [torch.ones(2, group.num_units, device=device) for group in groups]
-    for mask, group in zip(masks, groups, strict=True):
-        size = group.num_units // 2
-        mask[0, :size], mask[1, size:] = 0, 0
-    units.attach(model)
-    try:
-        with units.passing([mask.to(device) for mask in masks]):
-            found = outputs(model, batch)
-    finally:
-        units.detach()
-    for row in range(2):
-        cuts = [
-            Cut(group.key, tuple(mask[row].nonzero().flatten().tolist()))
-            for mask, group in zip(masks, groups, strict=True)
-        ]
-        with zeroed(model, {group.key: group for group in groups}, cuts):
-            expected = outputs(model, batch)
-        if difference(found[row], expected[row]) > tolerance(expected[row]):
-            raise ValueError(
-                f"masking what the readers of {type(model).__name__} read does not equal leaving the units out: its "
-                "rows are not in the order of the samples; this model cannot be conditioned"
-            )

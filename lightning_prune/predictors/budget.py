@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_prune.bounds import at_least
 from lightning_prune.structured.groups import Group
 
 __all__ = ["Budget"]
@@ -28,6 +29,7 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.num_units is None):
             raise ValueError("budget takes either keep, a share in (0, 1], or num_units; give one of them")
+        at_least(1, num_units=self.num_units)
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"keep is the share of units that compute, in (0, 1]; got {self.keep}")
         if self.keep_from is not None and (self.keep is None or not 0 < self.keep_from < self.keep):

@@ -38,6 +38,12 @@ def overlaps(choices: Sequence[Tensor]) -> list[list[float]]:
     return found
 
 
+def rows_apart(masks: Sequence[Tensor]) -> Tensor:
+    """Return for each row another one whose units differ most from its own."""
+    chosen_BN = torch.cat([mask > 0 for mask in masks], dim=-1).float()
+    return (chosen_BN @ chosen_BN.T).fill_diagonal_(math.inf).argmin(-1)
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """How much masks depend on the instruction.

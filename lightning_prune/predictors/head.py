@@ -48,8 +48,13 @@ class ScoreHead(nn.Module):
     def forward(self, features_BD: Tensor) -> list[Tensor]:
         """Return the scores of each group, (B, U), float32."""
         with torch.autocast(features_BD.device.type, enabled=False):
-            hidden_BH = functional.gelu(self.inner(self.norm(features_BD.float())))
-            scores_BN: Tensor = self.outer(hidden_BH)
+            scaled_BD = functional.layer_norm(
+                features_BD.float(), self.norm.normalized_shape, self.norm.weight.float(), self.norm.bias.float()
+            )
+            hidden_BH = functional.gelu(
+                functional.linear(scaled_BD, self.inner.weight.float(), self.inner.bias.float())
+            )
+            scores_BN = functional.linear(hidden_BH, self.outer.weight.float(), self.outer.bias.float())
         return list(scores_BN.split(self.num_units, dim=-1))
 
     def whole(self) -> "ScoreHead":

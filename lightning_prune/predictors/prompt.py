@@ -86,7 +86,7 @@ class Reads:
             read_BT = there_BT & given_BT.bool()
         elif self.chunk is not None and (is_training or isinstance(labels_BT, Tensor)):
             read_BT = there_BT & (there_BT.long().cumsum(-1) <= self.chunk)
-            labels_BT = None if labels_BT is None else labels_BT.masked_fill(read_BT, IGNORED)
+            labels_BT = None if labels_BT is None else self._behind(labels_BT, read_BT)
         elif isinstance(labels_BT, Tensor):
             read_BT = there_BT & ((labels_BT != IGNORED).long().cumsum(-1) == 0)
         elif is_training:
@@ -97,6 +97,20 @@ class Reads:
         else:
             read_BT = there_BT
         return self._checked(ids_BT, read_BT, labels_BT)
+
+    def _behind(self, labels_BT: Tensor, read_BT: Tensor) -> Tensor:
+        """Return the labels without those of the chunk.
+
+        Raises:
+            ValueError: if no row is longer than the chunk.
+        """
+        left_BT = labels_BT.masked_fill(read_BT, IGNORED)
+        if not torch.compiler.is_compiling() and not bool((left_BT[:, 1:] != IGNORED).any()):
+            raise ValueError(
+                f"no row of this batch has a token to learn behind its chunk of {self.chunk} tokens: rows have "
+                f"{labels_BT.shape[1]}; take longer rows, or a smaller reads.chunk"
+            )
+        return left_BT
 
     def _checked(self, ids_BT: Tensor, read_BT: Tensor, labels_BT: Tensor | None) -> Prompt:
         read_BT = read_BT & (read_BT.long().cumsum(-1) <= self.max_tokens)

@@ -331,3 +331,48 @@ def test_masks_hold_under_a_forward_that_a_program_puts_in_the_models_place() ->
     condition.remove()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(model(**data).loss, expected)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
+def test_generation_without_a_cache_keeps_the_masks_of_the_prompt(how: dict[str, Any]) -> None:
+    model = tiny_llama().eval()
+    condition = conditioned(model, predictor=Predictor(spread=2.0))
+    prompts = batch(2)["input_ids"][:, :5]
+    given = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 6, "eos_token_id": None, **how}
+    masks = condition.masks_of(condition.prompt({"input_ids": prompts}))
+    each = how.get("num_beams", how.get("num_return_sequences", 1))
+    with condition.fixed([mask.repeat_interleave(each, 0) for mask in masks]):
+        expected = model.generate(prompts, use_cache=False, **given)
+    assert model.generate(prompts, use_cache=False, **given).tolist() == expected.tolist()
+    assert model.generate(prompts, **given).tolist() == expected.tolist()
+    condition.remove()
+    assert "generate" not in vars(model)
+
+
+def test_a_model_in_evaluation_mode_learns_where_its_predictor_does() -> None:
+    model = tiny_llama().eval()
+    condition = conditioned(model, budget=Budget(keep=0.75, keep_from=0.2))
+    condition.predictor.train()
+    numbers = set()
+    for _ in range(8):
+        model(**batch())
+        numbers.add(int((condition.masks_of(condition.prompt(batch()))[0][0] > 0).sum()))
+        condition.after_step()
+    assert len(numbers) > 1
+
+
+def test_a_whole_model_in_bfloat16_scores_in_float32() -> None:
+    model = tiny_llama().eval()
+    condition = conditioned(model)
+    model.to(torch.bfloat16)
+    prompt = condition.prompt(batch())
+    scores = condition.predictor.scores(prompt.ids, prompt.attention)[0]
+    assert scores.dtype == torch.float32
+    assert bool(model(**batch()).logits.isfinite().all())
+
+
+def test_rows_that_end_within_their_chunk_are_refused() -> None:
+    model = tiny_llama().train()
+    conditioned(model, reads=Reads(source="chunk", chunk=12, dropout=0))
+    with pytest.raises(ValueError, match="no row of this batch has a token to learn behind its chunk of 12"):
+        model(**batch())

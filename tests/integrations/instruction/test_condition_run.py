@@ -254,3 +254,75 @@ def test_resume_is_exact_under_lightning_whoever_saves(tmp_path: Path) -> None:
 
     expected = train(Saves())
     assert_same_weights(train(ckpt_path=tmp_path / "five.ckpt"), expected)
+
+
+def test_a_second_training_keeps_rate_and_predictor(tmp_path: Path) -> None:
+    trainer = hf_trainer(tiny_llama(), tmp_path, [HFCallback(recipe())], save_strategy="steps", save_steps=5)
+    trainer.train_dataset = dataset()
+    trainer.train()
+    learned = trainer.model.mask_predictor.head.outer.weight.clone()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups if group["params"]]
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(trainer.model.mask_predictor.head.outer.weight.clone())
+
+    trainer.add_callback(Looks())
+    trainer.train()
+    assert torch.equal(seen[0], learned)
+    assert [group["lr"] for group in trainer.optimizer.param_groups if group["params"]] == rates
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert trainer.state.global_step == NUM_STEPS
+
+
+def test_schedules_that_hold_others_are_extended_by_name() -> None:
+    held, added = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([held, added], lr=1.0)
+    parts = [
+        torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 2),
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+    ]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+    for _ in range(2):  # the second time nothing is left to do
+        take_in([optimizer], [schedule], [added], rate=0.1)
+    for _ in range(6):
+        optimizer.step()
+        schedule.step()
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert second == pytest.approx(0.1 * first)
+
+
+def test_the_labels_of_a_chunk_are_not_counted_by_the_trainer(tmp_path: Path) -> None:
+    given = recipe(reads={"source": "chunk", "chunk": 8, "dropout": 0.0}, guard=None, start=None)
+    trainer = hf_trainer(tiny_llama(), tmp_path, [HFCallback(given)], learning_rate=0.0)
+    trainer.train_dataset = TokenDataset(token_windows(BATCH * NUM_STEPS))
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[idx] for idx in range(BATCH)])
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    with torch.no_grad():
+        trainer.model.mask_predictor.num_steps.zero_()
+        expected = float(trainer.model.train()(**batch).loss)
+    assert logged == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_model_that_has_a_predictor_or_was_made_anew_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    hf_trainer(model, tmp_path, [HFCallback(recipe())])
+    with pytest.raises(ValueError, match="has a mask_predictor already, of another Trainer"):
+        hf_trainer(model, tmp_path, [HFCallback(recipe())])
+    trainer = hf_trainer(tiny_llama(), tmp_path, [HFCallback(recipe())])
+    trainer.train_dataset, trainer.model_init = dataset(), lambda: tiny_llama()
+    with pytest.raises(ValueError, match="made another one since"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_lightning_opens_for_a_test(tmp_path: Path) -> None:
+    data = DataLoader(dataset(), batch_size=BATCH)
+    trainer = lightning_trainer([LightningCallback(recipe())], limit_val_batches=1)
+    trainer.fit(TinyModule(), data, data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    fresh = lightning_trainer([LightningCallback(recipe())], limit_val_batches=1)
+    (found,) = fresh.validate(TinyModule(), data, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    (expected,) = trainer.validate(trainer.lightning_module, data, verbose=False)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-6)
