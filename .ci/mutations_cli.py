@@ -148,8 +148,8 @@ MUTATIONS = (
     Mutation(
         "a device is checked before anything is opened",
         f"{ADAPTERS}/hf_open.py",
-        "_source(name), _usable(device)",
-        "_source(name), device",
+        "    device = _usable(device)",
+        "    device = device",
         f"{CLI} -k wrong_device",
     ),
     Mutation(

@@ -162,8 +162,8 @@ MUTATIONS = (
     Mutation(
         "tasks are scored by the texts of each",
         f"{ADAPTERS}/tasks.py",
-        "        for name, documents in texts.items():\n            batches",
-        "        for name, documents in zip(texts, [next(iter(texts.values()))] * len(texts)):\n            batches",
+        "_pieces(documents, tokenizer, max_tokens)",
+        "_pieces(next(iter(texts.values())), tokenizer, max_tokens)",
         f"{TESTS}/test_tasks.py -k matter_most",
     ),
 )

@@ -149,7 +149,7 @@ class ConditionRun:
     def _read_data(self, condition: InstructionCondition, train_batches: Batches | None, *, is_new: bool) -> None:
         """Start the predictor from training data, and keep some for the guard; collective."""
         condition.predictor.train()  # also where the trainer leaves a model in evaluation mode
-        is_new = is_new and not condition.predictor.is_trained  # what an earlier training learned stays
+        is_new = is_new and condition.step == 0  # what an earlier training learned stays
         wanted = condition.num_start_sequences if is_new else 0
         guard = condition.options.guard
         wanted = max(wanted, 0 if guard is None else guard.num_sequences)
