@@ -87,6 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_an_unmodified_program_of_lightning_ends_in_a_served_model(folder: Path) -> None:
     (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
     given = [str(Path(str(DATA), "models", "stories260K")), str(folder / "stories" / "train.jsonl")]
