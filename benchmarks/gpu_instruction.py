@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from instruction_serving import decoding
 from measure import limit, print_table, seconds, spread, write_result
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_prune.conditional.instruction import Instruction
@@ -42,21 +43,6 @@ def llama(ffn: int, num_layers: int, device: torch.device, seed: int) -> Any:
     with device:
         model: Any = LlamaForCausalLM(config)
     return model.to(torch.bfloat16).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def decoding(model: Any, prompt: Tensor, num_tokens: int) -> Callable[[], object]:
-    """Return work that decodes after a prompt."""
-    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-    token = prompt[:, -1:]
-
-    def work() -> None:
-        with torch.no_grad():
-            for _ in range(num_tokens):
-                model(token, past_key_values=cache, use_cache=True)
-        cache.crop(-num_tokens)
-
-    return work
 
 
 @torch.no_grad()

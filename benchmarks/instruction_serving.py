@@ -44,7 +44,7 @@ def served_model(seed: int) -> InstructionModel:
 @torch.no_grad()
 def decoding(model: Any, prompt: Tensor, num_tokens: int) -> Callable[[], object]:
     """Return work that reads a prompt, and then decodes token by token; only the latter is timed."""
-    cache = model(prompt, use_cache=True).past_key_values
+    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     token = prompt[:, -1:]
 
     def work() -> None:

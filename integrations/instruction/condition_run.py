@@ -87,6 +87,10 @@ class ConditionRun:
                 "opened from; hand that callback to this Trainer, or take it off first: "
                 "model.mask_predictor.condition.remove()"
             )
+        folder = str(getattr(model, "name_or_path", ""))
+        if folder and _saving().is_conditional(folder):
+            said = "%s holds a predictor, which from_pretrained leaves out: this training starts with a new one"
+            distributed.log(logger, logging.WARNING, said, folder)
         if not self._is_below_adapters:
             return self.method.insert(model, _stack(model))
         plain = _without_adapters(model)
@@ -284,8 +288,7 @@ class ConditionRun:
         if getattr(model, "peft_config", None):
             merging = importlib.import_module("lightning_prune.integrations.peft_merge")
             options["state"] = merging.merged_state(model, options["state"])
-        saving = importlib.import_module("lightning_prune.integrations.instruction.folder")
-        logger.info("exported: %s", saving.save_conditional(self.condition, folder, **options))
+        logger.info("exported: %s", _saving().save_conditional(self.condition, folder, **options))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, and what was added where the trainer's own checkpoints leave it out.
@@ -314,6 +317,10 @@ class ConditionRun:
 
     def _added_below_adapters(self) -> Mapping[str, nn.Module]:
         return self.condition.added() if self.condition is not None and self._is_below_adapters else {}
+
+
+def _saving() -> Any:
+    return importlib.import_module("lightning_prune.integrations.instruction.folder")
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, D features, N rows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def ffn_parts(
     return parts, structure, names
 
 
-class RoutedFFN(Replaced):
+class RoutedFFN(Replaced, ABC):
     """What stands in the place of a feed-forward part; the subclass says what it computes.
 
     Args:
@@ -104,9 +105,9 @@ class RoutedFFN(Replaced):
         x_BTD = self.known.tokens(x)
         return self.compute(x_BTD, self.known.keep(x_BTD)).reshape(x.shape)
 
+    @abstractmethod
     def compute(self, x_BTD: Tensor, keep_BT: Tensor | None) -> Tensor:
         """Return the part's output of every token."""
-        raise NotImplementedError
 
 
 def add_rows(

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, D channels of the stream.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -108,7 +109,7 @@ def forwards(changed: Mapping[nn.Module, Any]) -> Iterator[None]:
                 vars(module)["forward"] = forward
 
 
-class StandIn(nn.Module):
+class StandIn(nn.Module, ABC):
     """Runs a block; inherit and give `run`.
 
     Args:
@@ -151,9 +152,9 @@ class StandIn(nn.Module):
         kind: Any = type(self.block)
         return kind.forward(self.block, *args, **kwargs)
 
+    @abstractmethod
     def run(self, *args: object, **kwargs: object) -> Any:
         """Stand in for the block's forward."""
-        raise NotImplementedError
 
     def named(self, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, Any]:
         """Return all arguments by name, the stream first."""

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from lightning_prune.conditional.instruction import Instruction
 from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
@@ -315,6 +315,13 @@ def test_a_model_that_has_a_predictor_or_was_made_anew_is_refused(tmp_path: Path
     trainer.train_dataset, trainer.model_init = dataset(), lambda: tiny_llama()
     with pytest.raises(ValueError, match="made another one since"):
         trainer.train()
+
+
+def test_a_folder_whose_predictor_was_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = Recipe.load(recipe(), overrides=["export.format=conditional", f"export.dir={tmp_path / 'out'}"])
+    train_hf(given, tmp_path / "run")
+    hf_trainer(LlamaForCausalLM.from_pretrained(tmp_path / "out"), tmp_path, [HFCallback(recipe())])
+    assert "holds a predictor, which from_pretrained leaves out" in caplog.text
 
 
 def test_a_checkpoint_of_lightning_opens_for_a_test(tmp_path: Path) -> None:
