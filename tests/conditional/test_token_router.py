@@ -175,7 +175,7 @@ def test_a_model_computes_what_it_did_at_first_and_when_the_method_is_gone(
     names = {name for name, _ in model.named_modules()}
     assert set(condition.added()) <= names
     condition.remove()
-    torch.testing.assert_close(logits(model, ids, **both), found, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model, ids, **both), found, rtol=0, atol=1e-5)
     assert all("forward" not in vars(module) and not module._forward_pre_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any("token_router" in name for name in model.state_dict())

@@ -52,7 +52,6 @@ def train_bare(method: ConditionMethod) -> nn.Module:
     condition.begin(total_steps=NUM_STEPS)
     for ids in batches()[:NUM_STEPS]:
         (model(input_ids=ids, labels=ids).loss + condition.loss()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         condition.after_step()
@@ -61,16 +60,16 @@ def train_bare(method: ConditionMethod) -> nn.Module:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_both_trainers_give_the_weights_of_a_bare_loop(name: str, tmp_path: Path) -> None:
+    # without clipping: Lightning sums a norm in the order of the optimizer's groups, Transformers in the model's
     method = recipe(name).condition
     assert isinstance(method, SkipLayer | EarlyExit)
     expected = train_bare(method)
-    trainer = hf_trainer(tiny_llama(), tmp_path, [HFCallback(recipe(name))], max_steps=NUM_STEPS)
+    trainer = hf_trainer(tiny_llama(), tmp_path, [HFCallback(recipe(name))], max_steps=NUM_STEPS, max_grad_norm=0)
     trainer.train()
     assert_same_weights(trainer.model, expected)
     module = TinyModule()
-    lightning_trainer([LightningCallback(recipe(name))], max_steps=NUM_STEPS, limit_val_batches=1).fit(
-        module, loader(), loader()
-    )
+    options = {"max_steps": NUM_STEPS, "limit_val_batches": 1, "gradient_clip_val": None}
+    lightning_trainer([LightningCallback(recipe(name))], **options).fit(module, loader(), loader())
     assert_same_weights(module.model, expected)
     added = [name for name in expected.state_dict() if "skip_router" in name or "early_exit" in name]
     assert any(bool(expected.state_dict()[name].any()) for name in added if name.endswith("weight"))
