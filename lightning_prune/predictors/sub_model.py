@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_prune.structured.build import build_smaller
 from lightning_prune.structured.groups import Cut, Group, Member, Plan
@@ -144,26 +145,20 @@ class SubModels:
         return (written, *(tensor.data_ptr() for tensor in cut))
 
     @torch.no_grad()
-    def gather(self, selection: Selection, *, into: nn.Module | None = None) -> nn.Module:
+    def gather(self, selection: Selection) -> nn.Module:
         """Return the small model of a selection.
 
-        Args:
-            selection: of units.
-            into: an earlier small model of the same sizes, which then computes this selection in its own memory.
-
         Raises:
-            ValueError: if the stock class cannot have these sizes, or `into` has others.
+            ValueError: if the stock class cannot have these sizes.
         """
         is_scaled = bool((torch.cat(selection.scales) != 1).any())
-        gathered = {}
-        for name in self._places:
-            if self._is_cut(name, selection):
-                out = None if into is None else _tensor(into, name)
-                gathered[name] = self._gathered(name, _tensor(self.model, name), selection, is_scaled, out)
-        small = into
-        if small is None:
-            tensors = self.model.state_dict(keep_vars=True)
-            small = _twin(self._skeleton(selection, tensors), gathered, tensors)
+        tensors = self.model.state_dict(keep_vars=True)
+        gathered = {
+            name: self._gathered(tensors[name].detach(), places, selection, is_scaled)
+            for name, places in self._places.items()
+            if self._is_cut(name, selection)
+        }
+        small = _twin(self._skeleton(selection, tensors), gathered, tensors)
         setattr(small, _SELECTED, selection.digest)
         return small
 
@@ -184,31 +179,18 @@ class SubModels:
         places = self._places[name]
         return any(len(selection.units[place.number]) < self.groups[place.number].num_units for place in places)
 
-    def _gathered(self, name: str, tensor: Tensor, selection: Selection, is_scaled: bool, out: Tensor | None) -> Tensor:
-        """Return the kept part of one tensor, in the memory of `out` if that is given."""
-        *first, last = self._places[name]
-        for place in first:
+    @staticmethod
+    def _gathered(tensor: Tensor, places: Sequence[_Place], selection: Selection, is_scaled: bool) -> Tensor:
+        """Return the kept part of one tensor, laid out in memory as the whole."""
+        for place in places:
             stays_P, scale_P = place.positions(selection)
-            tensor = tensor.index_select(place.member.dim, stays_P)
-            if is_scaled and place.is_reader:
-                tensor.mul_(_along(scale_P, tensor, place.member.dim))
-        stays_P, scale_P = last.positions(selection)
-        dim = last.member.dim
-        is_turned = tensor.ndim == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous()
-        source, axis = (tensor.t(), 1 - dim) if is_turned else (tensor, dim)
-        if out is None:
-            shape = list(source.shape)
-            shape[axis] = len(stays_P)
-            target = source.new_empty(shape)
-        else:
-            target = out.t() if is_turned else out
-            if target.shape[axis] != len(stays_P):
-                raise ValueError(
-                    f"the model to gather into has {target.shape[axis]} entries of {name} and {len(stays_P)} are kept; "
-                    "give one of the same sizes"
-                )
-        _gather_rows(source, axis, stays_P, scale_P if is_scaled and last.is_reader else None, target)
-        return target.t() if is_turned else target
+            scale = scale_P if is_scaled and place.is_reader else None
+            dim = place.member.dim
+            if tensor.ndim == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous():
+                tensor = _kept(tensor.t(), 1 - dim, stays_P, scale).t()
+            else:
+                tensor = _kept(tensor, dim, stays_P, scale)
+        return tensor
 
     def _skeleton(self, selection: Selection, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Return the class at these sizes; the tensors that are cut have no values."""
@@ -235,34 +217,16 @@ def _empty(model: nn.Module, names: Collection[str]) -> None:
             module._parameters[leaf] = empty.get(id(parameter), parameter)
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer, without its gradient."""
-    module, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(module), leaf)
-    return tensor.detach()
-
-
-def _along(scale_P: Tensor, tensor: Tensor, dim: int) -> Tensor:
+def _kept(tensor: Tensor, dim: int, stays_P: Tensor, scale_P: Tensor | None) -> Tensor:
+    """Return the positions that stay, multiplied by their scale."""
+    if scale_P is None:
+        return tensor.index_select(dim, stays_P)
+    if tensor.dtype == torch.float32 and tensor.ndim == 2 and dim == 0:  # a bag of one row each: read and written once
+        bags_P = torch.arange(len(stays_P), device=stays_P.device)
+        return functional.embedding_bag(stays_P, tensor, bags_P, mode="sum", per_sample_weights=scale_P)
     shape = [1] * tensor.ndim
     shape[dim] = -1
-    return scale_P.view(shape)
-
-
-_BLOCK = 1 << 18  # bytes that are multiplied while they are still near the processor
-
-
-def _gather_rows(source: Tensor, dim: int, stays_P: Tensor, scale_P: Tensor | None, target: Tensor) -> None:
-    """Copy the positions that stay, and multiply them by their scale while they are at hand."""
-    if scale_P is None or dim or source.device.type != "cpu":
-        torch.index_select(source, dim, stays_P, out=target)
-        if scale_P is not None:
-            target.mul_(_along(scale_P, target, dim))
-        return
-    rows = max(1, _BLOCK * len(target) // max(1, target.nbytes))
-    for start in range(0, len(target), rows):
-        block = target[start : start + rows]
-        torch.index_select(source, 0, stays_P[start : start + rows], out=block)
-        block.mul_(_along(scale_P[start : start + rows], block, 0))
+    return tensor.index_select(dim, stays_P).mul_(scale_P.view(shape))
 
 
 def _twin(skeleton: nn.Module, gathered: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -273,9 +237,25 @@ def _twin(skeleton: nn.Module, gathered: Mapping[str, Tensor], tensors: Mapping[
         memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     for buffer in skeleton.buffers():
         memo[id(buffer)] = buffer
-    twin = copy.deepcopy(skeleton, memo)
+    twin = _copied(skeleton, memo)
     twin.register_forward_pre_hook(_check_cache, with_kwargs=True)
     twin.register_forward_hook(_mark_cache)
+    return twin
+
+
+def _copied(model: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """Return what `copy.deepcopy` does; most of a module are empty tables of hooks, which it takes long over."""
+    modules = list(model.modules())
+    for module in modules:
+        memo[id(module)] = object.__new__(type(module))
+    for module in modules:
+        copied = {
+            name: type(value)() if isinstance(value, dict) and not value else copy.deepcopy(value, memo)
+            for name, value in vars(module).items()
+        }
+        vars(memo[id(module)]).update(copied)
+    twin = memo[id(model)]
+    assert isinstance(twin, nn.Module)
     return twin
 
 

@@ -128,22 +128,6 @@ def test_a_second_selection_is_not_built_from_a_configuration(monkeypatch: pytes
     torch.testing.assert_close(small(**prompts()).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_a_selection_can_be_gathered_into_the_memory_of_an_earlier_one() -> None:
-    condition = conditioned(tiny_llama())
-    made = sub_models(condition)
-    made.lay_out()
-    masks = masks_of(condition, prompts())
-    small = made.gather(Selection.of(masks, condition.predictor.keep, 0))
-    before = {name: tensor.data_ptr() for name, tensor in small.state_dict().items()}
-    selection = Selection.of(masks, condition.predictor.keep, 1)
-    assert made.gather(selection, into=small) is small
-    assert {name: tensor.data_ptr() for name, tensor in small.state_dict().items()} == before
-    torch.testing.assert_close(small(**prompts()).logits, made.gather(selection)(**prompts()).logits, rtol=0, atol=0)
-    fewer = Selection.of(masks_of(condition, prompts()), [16, 16])
-    with pytest.raises(ValueError, match="one of the same sizes"):
-        made.gather(fewer, into=small)
-
-
 def test_keeping_all_units_shares_everything() -> None:
     condition = conditioned(tiny_llama(), budget=Budget(keep=1.0))
     selection = Selection.of(masks_of(condition, prompts()), condition.predictor.keep)
