@@ -67,8 +67,9 @@ def run_oneshot(
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
     needs_text = _needs_text(run)
-    amounts = {"num_sequences": num_sequences, "sequence_length": sequence_length, "batch_size": batch_size}
-    text = Text(data=data, seed=recipe.seed, **amounts)
+    text = Text(
+        data=data, num_sequences=num_sequences, sequence_length=sequence_length, batch_size=batch_size, seed=recipe.seed
+    )
     documents = text.read()
     parent = _parent(recipe, device=device, trust_remote_code=trust_remote_code)
     network, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)

@@ -62,6 +62,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.run.condition is not None:
             self.run.condition.watch_transformers(trainer)
         if self.run.recovery is not None or self.run.condition is not None:
+            assert trainer.model is not None
             model = self.run.prepare(trainer.model)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
             _recompute_with_gradients(trainer)

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError('LoRA recovery needs peft: pip install "lightning_prune[peft]"') from error
 
-__all__ = ["GuardedLoraLinear", "MaskOf", "MaskedLoraLinear", "change_class", "keep_of"]
+__all__ = ["GuardedLoraLinear", "MaskOf", "MaskedLoraLinear", "base_weight", "change_class", "keep_of"]
 
 MaskOf = Callable[[Tensor], Tensor | None]
 
@@ -34,6 +34,12 @@ def keep_of(weight: Tensor, mask_of: MaskOf) -> Tensor:
     """
     mask = mask_of(weight)
     return weight != 0 if mask is None or mask.shape != weight.shape else mask
+
+
+def base_weight(layer: Any) -> Tensor:
+    """Return the weight below a LoRA layer."""
+    weight: Tensor = layer.get_base_layer().weight
+    return weight
 
 
 class GuardedLoraLinear(LoraLinear):
@@ -51,8 +57,7 @@ class GuardedLoraLinear(LoraLinear):
         Raises:
             ValueError: if merging would fill zeros.
         """
-        base: Any = self.get_base_layer()
-        keep = keep_of(base.weight, self.mask_of)
+        keep = keep_of(base_weight(self), self.mask_of)
         num_zeros = keep.numel() - int(keep.sum())
         if num_zeros > 0.01 * keep.numel() and check_adapters_to_merge(self, adapter_names):
             raise ValueError(

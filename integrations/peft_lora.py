@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune import distributed
-from lightning_prune.integrations.peft_layers import LoraLinear, MaskOf, change_class
+from lightning_prune.integrations.peft_layers import LoraLinear, MaskOf, base_weight, change_class
 from lightning_prune.integrations.peft_quantized import is_quantized, mask_quantized
 from lightning_prune.masks import unpack
 from lightning_prune.names import shorten, unknown
@@ -215,10 +215,8 @@ class LoraGradients:
 
     def __init__(self, wrapped: PeftModel) -> None:
         self._adapter = wrapped.active_adapter
-        self._layers = {
-            id(layer.get_base_layer().weight): layer
-            for _, layer in lora_layers(wrapped)
-            if isinstance(layer, LoraLinear)
+        self._layers: dict[int, Any] = {
+            id(base_weight(layer)): layer for _, layer in lora_layers(wrapped) if isinstance(layer, LoraLinear)
         }
 
     def covers(self, parameter: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune import distributed, masks
 from lightning_prune.export.folder import check_free, new_folder, write_note
-from lightning_prune.integrations.peft_layers import GuardedLoraLinear, MaskedLoraLinear, keep_of
+from lightning_prune.integrations.peft_layers import GuardedLoraLinear, MaskedLoraLinear, base_weight, keep_of
 from lightning_prune.integrations.peft_lora import MASKS_NAME, lora_layers
 from lightning_prune.recovery.low_rank import effective_weight
 from lightning_prune.report import measure
@@ -38,7 +38,7 @@ def check_merge(wrapped: PeftModel) -> None:
         ValueError: if a plain LoRA lies over a sparse weight.
     """
     for name, layer in lora_layers(wrapped):
-        weight = layer.get_base_layer().weight
+        weight = base_weight(layer)
         if isinstance(layer, GuardedLoraLinear) and _num_zeros(keep_of(weight, layer.mask_of)) > 0.01 * weight.numel():
             raise ValueError(
                 f"merging would fill the zeros of {name}, because a plain LoRA is dense; set recover.lora.form to "
@@ -61,7 +61,7 @@ def merge(wrapped: PeftModel) -> nn.Module:
     """
     check_merge(wrapped)
     kept = {
-        name.removeprefix("base_model.model."): keep_of(layer.get_base_layer().weight, layer.mask_of).clone()
+        name.removeprefix("base_model.model."): keep_of(base_weight(layer), layer.mask_of).clone()
         for name, layer in lora_layers(wrapped)
         if isinstance(layer, MaskedLoraLinear)  # over a weight that is not sparse, single zeros are chance
     }
@@ -179,19 +179,18 @@ def _merged_weight(name: str, layer: Any, weight: Tensor, state: Mapping[str, Te
     is_transposed = bool(getattr(layer, "fan_in_fan_out", False))
     if not isinstance(layer, MaskedLoraLinear | GuardedLoraLinear):
         return weight + layer.get_delta_weight(adapter).to(weight.device)
-    held = layer.mask_of(layer.get_base_layer().weight)
+    held = layer.mask_of(base_weight(layer))
     keep = weight != 0 if held is None else held.to(weight.device)
     if isinstance(layer, GuardedLoraLinear):
         if _num_zeros(keep) > 0.01 * keep.numel():
             raise ValueError(f"merging a plain LoRA would fill {_num_zeros(keep)} zeros of {name}")
         keep = torch.ones_like(keep)
-    is_masked = isinstance(layer, MaskedLoraLinear)
     merged_OI = effective_weight(
         weight.T if is_transposed else weight,
         keep.T if is_transposed else keep,
         down_RI,
         up_OR,
-        form=layer.form if is_masked else "masked",
+        form=layer.form if isinstance(layer, MaskedLoraLinear) else "masked",
         scale=layer.scaling[adapter],
     )
     return (merged_OI.T if is_transposed else merged_OI).to(weight.dtype).contiguous()
@@ -231,7 +230,7 @@ def export_adapter(
     held = {}
     for name, layer in lora_layers(wrapped):
         if isinstance(layer, MaskedLoraLinear):
-            mask = layer.mask_of(layer.get_base_layer().weight)
+            mask = layer.mask_of(base_weight(layer))
             keep = tensors[f"{name}.base_layer.weight"] != 0 if mask is None else mask
             held[f"{name.removeprefix('base_model.model.')}.weight"] = keep
     with new_folder(out_dir, overwrite=overwrite) as folder:

@@ -58,7 +58,8 @@ def build_shared(
 
 
 def _filled(model: nn.Module, values: Mapping[str, Any], plan: Plan, *, consume: bool) -> nn.Module:
-    config_class, model_class = per_layer_classes(type(model))
+    parent: Any = type(model)
+    config_class, model_class = per_layer_classes(parent)
     config = config_class.from_dict(dict(values))
     config._attn_implementation = model.config._attn_implementation  # type: ignore[union-attr]
     with parameters_on_meta():
