@@ -166,4 +166,18 @@ MUTATIONS = (
         "_pieces(next(iter(texts.values())), tokenizer, max_tokens)",
         f"{TESTS}/test_tasks.py -k matter_most",
     ),
+    Mutation(
+        "a recipe of tasks is written with the units of each",
+        f"{ADAPTERS}/tasks.py",
+        "found[name] = [document.text for document in read_documents(str(entry), max_characters=_CHARACTERS)]",
+        "found[name] = [document.text for document in read_documents(str(root), max_characters=_CHARACTERS)]",
+        f"{TESTS}/test_tasks.py -k serves_its_tasks",
+    ),
+    Mutation(
+        "a method that takes no training is refused by one",
+        f"{ADAPTERS}/condition_run.py",
+        "if not method.is_trained:",
+        "if False:",
+        f"{TESTS}/test_tasks.py -k no_training",
+    ),
 )

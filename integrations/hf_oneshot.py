@@ -97,6 +97,11 @@ def _needs_text(run: PruningRun) -> bool:
     Raises:
         ValueError: if the recipe needs a training.
     """
+    if run.condition is not None:
+        raise ValueError(
+            f"recipe {run.recipe.name} trains what it adds to the model, and oneshot trains nothing; use lightning-prune "
+            "run or exec, or the recipe instruction/tasks"
+        )
     if run.recovery is not None:
         run.recovery.check_once()
         return True

@@ -178,19 +178,13 @@ def _oneshot(options: argparse.Namespace, rest: list[str]) -> int:
         return _shrink(options, recipe, overrides)
     if options.state_file is not None:
         raise ValueError("--state_file has no effect: this recipe does not search; leave it out")
-    adapter = _adapter("hf_oneshot", "lightning-prune oneshot", "hf")
-    adapter.run_oneshot(
-        options.config,
-        model=options.model,
-        out=options.out,
-        overrides=overrides,
-        data=options.data,
-        num_sequences=options.num_sequences,
-        sequence_length=options.sequence_length,
-        batch_size=options.batch_size,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
+    names = ("model", "out", "data", "num_sequences", "sequence_length", "batch_size", "device", "trust_remote_code")
+    given = {name: getattr(options, name) for name in names}
+    if recipe.condition is not None and not recipe.condition.is_trained:
+        _adapter("instruction.tasks", "lightning-prune oneshot", "hf").run_tasks(recipe, **given)
+    else:
+        adapter = _adapter("hf_oneshot", "lightning-prune oneshot", "hf")
+        adapter.run_oneshot(options.config, overrides=overrides, **given)
     return 0
 
 

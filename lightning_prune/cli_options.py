@@ -59,7 +59,8 @@ def add_oneshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         help="calibration text: a file, a folder, python (sources of its standard library), a data set of the hub "
-        "NAME[:CONFIG[:SPLIT]], or self, text that the model writes (default); texts, or chats in the field messages",
+        "NAME[:CONFIG[:SPLIT]], or self, text that the model writes (default); texts, or chats in the field messages; "
+        "with instruction/tasks a folder with a file or a folder of texts for each task, named like it",
     )
     parser.add_argument(
         "--num_sequences", type=_at_least(1), default=128, help="calibration sequences (default: %(default)s)"

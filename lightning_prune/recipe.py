@@ -89,6 +89,8 @@ class Recipe:
                     f"condition lets the model choose its parts per input, and {name} takes parts away for good; use "
                     f"two recipes, {name} first"
                 )
+        if self.condition is not None and not self.condition.is_trained:
+            self._check_once(type(self.condition).__name__)
         if self.export is not None and self.condition is not None and not self.condition.is_exported:
             raise ValueError(
                 f"what {type(self.condition).__name__} adds is in the trainer's checkpoints and the model's own "
@@ -98,6 +100,15 @@ class Recipe:
             raise ValueError(
                 f"export.format {self.export.format} has no place for what condition adds to the model; use conditional"
             )
+
+    def _check_once(self, name: str) -> None:
+        for section in ("recover", "evaluate"):
+            if getattr(self, section) is not None:
+                raise ValueError(
+                    f"{name} is made once, without a training, and {section} belongs to one; set {section}: null"
+                )
+        if self.report.dir is not None:
+            raise ValueError(f"report.dir has no effect with {name}, which is not trained; leave it out")
 
     def _check_shrink(self, shrink: Shrink) -> None:
         if self.export is not None and self.export.format == "dense":

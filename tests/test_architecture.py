@@ -43,6 +43,7 @@ FLOORS: dict[str, float] = {
     "predictors": 2,
     "conditional": 3.6,
     "conditional.method": 3.5,
+    "conditional.task_units": 3.65,
     "predictors.mask_predictor": 2.4,
     "predictors.proof": 3.2,
     "predictors.generation": 2.3,

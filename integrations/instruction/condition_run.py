@@ -45,9 +45,17 @@ class ConditionRun:
 
     Args:
         method: of the recipe.
+
+    Raises:
+        ValueError: if it takes no training.
     """
 
     def __init__(self, method: ConditionMethod) -> None:
+        if not method.is_trained:
+            raise ValueError(
+                f"{type(method).__name__} is made from texts without a training; run its recipe with lightning-prune "
+                "oneshot, or condition a training with Instruction"
+            )
         self.method = method
         self.condition: Condition | None = None
         self._sample: dict[str, Tensor] | None = None  # that the guard measures with

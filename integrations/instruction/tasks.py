@@ -5,23 +5,127 @@ by an instruction.
 """
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune import distributed
 from lightning_prune.bounds import at_least
-from lightning_prune.conditional.instruction import Instruction, Predictor
+from lightning_prune.conditional.task_units import TaskUnits
+from lightning_prune.export.folder import check_free
+from lightning_prune.integrations.hf_open import load_model
+from lightning_prune.integrations.instruction.folder import is_conditional
 from lightning_prune.integrations.instruction.request import padded
 from lightning_prune.integrations.instruction.serving import CACHE_BYTES, InstructionModel
+from lightning_prune.integrations.text_documents import read_documents
 from lightning_prune.predictors.budget import Budget
-from lightning_prune.predictors.soft_top_k import SoftTopK
+from lightning_prune.predictors.collapse import overlaps
+from lightning_prune.predictors.soft_top_k import kept
 from lightning_prune.predictors.task_scores import task_scores
-from lightning_prune.structured.discovery.discover import discover
+from lightning_prune.recipe import Recipe
 from lightning_prune.structured.structure import Stack
 
-__all__ = ["model_of_tasks"]
+__all__ = ["model_of_tasks", "read_task_texts", "run_tasks"]
+
+logger = logging.getLogger(__name__)
+_CHARACTERS = 1 << 20  # of each task that are read
+_MAX_TOKENS = 512
+
+
+def run_tasks(
+    recipe: Recipe,
+    *,
+    model: str,
+    out: str,
+    data: str | None,
+    num_sequences: int = 128,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a model with the units of each named task into a new folder, and return it.
+
+    Args:
+        recipe: with a section `condition` of `TaskUnits`.
+        model: a model folder or a hub id.
+        out: a folder that does not exist yet or is empty.
+        data: a folder, see `read_task_texts`.
+        num_sequences: of each task, at most.
+        sequence_length: tokens per sequence, at most; 512 if left out.
+        batch_size: sequences at a time.
+        device: a torch device, or `auto` for an accelerator if there is one.
+        trust_remote_code: whether to run a modelling file that comes with the model.
+
+    Raises:
+        ValueError: if an input is wrong; nothing has been written then.
+    """
+    assert isinstance(recipe.condition, TaskUnits)
+    check_free(out)
+    texts = read_task_texts(data)
+    if is_conditional(model):
+        raise ValueError(f"{model} has a predictor already; give the model that it was made from")
+    network, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer to read the texts of the tasks with")
+    served = model_of_tasks(
+        network,
+        tokenizer,
+        texts,
+        budget=recipe.condition.budget,
+        max_tokens=sequence_length or _MAX_TOKENS,
+        max_sequences=num_sequences,
+        batch_size=batch_size,
+        cache_bytes=0,
+    )
+    _tell(served)
+    return served.save_pretrained(out)
+
+
+def read_task_texts(data: str | None) -> dict[str, list[str]]:
+    """Return name -> texts of every task.
+
+    Args:
+        data: a folder with a file (.txt, .md, .py, .jsonl) or a folder of such files for each task, which is named
+            like it; what begins with a dot is left out.
+
+    Raises:
+        ValueError: if there is no such folder, it is empty, two tasks have one name, or one has no text.
+    """
+    root = None if data is None else Path(data).expanduser()
+    if root is None or not root.is_dir():
+        raise ValueError(
+            f"--data must be a folder with a file or a folder of texts for each task, got {data}; the tasks are named "
+            "like these"
+        )
+    found: dict[str, list[str]] = {}
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        name = entry.name if entry.is_dir() else entry.stem
+        if name in found:
+            raise ValueError(f"two tasks in {root} are named {name}; rename one of them")
+        found[name] = [document.text for document in read_documents(str(entry), max_characters=_CHARACTERS)]
+    if not found:
+        raise ValueError(f"{root} is empty; put a file or a folder of texts for each task into it")
+    return found
+
+
+def _tell(served: InstructionModel) -> None:
+    """Log what was chosen, and how much of it tasks share."""
+    predictor = served.condition.predictor
+    by_group = [torch.stack(scores) for scores in zip(*served.tasks.values(), strict=True)]
+    shares = torch.tensor(overlaps([kept(one, k).bool() for one, k in zip(by_group, predictor.keep, strict=True)]))
+    num, rows = len(shares), ", ".join(served.tasks)
+    said = "%d tasks (%s), each with %d of %d FFN units of a block"
+    distributed.log(logger, logging.INFO, said, num, rows, predictor.keep[0], predictor.units.groups[0].num_units)
+    if num > 1:
+        shared = 100 * float(shares[~torch.eye(num, dtype=torch.bool)].mean())
+        distributed.log(logger, logging.INFO, "two tasks share %.0f %% of their units (mean Jaccard index)", shared)
 
 
 def model_of_tasks(
@@ -30,7 +134,7 @@ def model_of_tasks(
     texts: Mapping[str, Sequence[str]],
     *,
     budget: Budget,
-    max_tokens: int = 512,
+    max_tokens: int = _MAX_TOKENS,
     max_sequences: int = 128,
     batch_size: int = 8,
     cache_bytes: int = CACHE_BYTES,
@@ -56,11 +160,7 @@ def model_of_tasks(
     for name, documents in texts.items():
         if not name or isinstance(documents, str) or not any(text.strip() for text in documents):
             raise ValueError(f"the task {name!r} needs a name and a list of calibration texts that are not empty")
-    options = Instruction(
-        budget=budget, predictor=Predictor(hidden=1), choice=SoftTopK(hard=True), start=None, guard=None
-    )
-    structure = discover(model, kinds=list(options.kinds))
-    condition = options.insert(model, structure.stack or Stack((), "", (), 0), structure)
+    condition = TaskUnits(budget=budget).insert(model, Stack((), "", (), 0))
     served = InstructionModel(condition, tokenizer, cache_bytes=cache_bytes)
     with condition.whole():
         for name, documents in texts.items():

@@ -49,11 +49,13 @@ class ConditionMethod(ABC):
     """Options of one way to decide per input; a frozen dataclass.
 
     `rate` is what the learning rate of the user's optimizer is multiplied by for all that is added; `is_exported` says
-    whether the model can be written with it at the end of a training, as `export.format: conditional`.
+    whether the model can be written with it, as `export.format: conditional`; `is_trained` says whether it learns in a
+    training, or is made once from texts by `lightning-prune oneshot`.
     """
 
     rate: float = 1.0
     is_exported: ClassVar[bool] = False
+    is_trained: ClassVar[bool] = True
 
     @abstractmethod
     def insert(self, model: nn.Module, stack: Stack) -> Condition:
