@@ -63,6 +63,7 @@ def run_oneshot(
         ValueError: if an input is wrong; nothing has been written then.
     """
     recipe = Recipe.load(config, overrides=overrides)
+    _check_condition(recipe)
     _check_folders(out, recipe.report.dir)
     form = "huggingface" if recipe.export is None else recipe.export.format
     run = PruningRun(dataclasses.replace(recipe, export=Export(format=form, dir=out)))
@@ -83,6 +84,14 @@ def run_oneshot(
     return report
 
 
+def _check_condition(recipe: Recipe) -> None:
+    if recipe.condition is not None:
+        raise ValueError(
+            f"recipe {recipe.name} trains what it adds to the model, and oneshot trains nothing; use "
+            "lightning-prune run or exec, or the recipe instruction/tasks"
+        )
+
+
 def _check_folders(out: str, report: str | None) -> None:
     """Refuse folders that cannot be written, before anything is opened."""
     folder = check_free(out)
@@ -97,11 +106,6 @@ def _needs_text(run: PruningRun) -> bool:
     Raises:
         ValueError: if the recipe needs a training.
     """
-    if run.condition is not None:
-        raise ValueError(
-            f"recipe {run.recipe.name} trains what it adds to the model, and oneshot trains nothing; use lightning-prune "
-            "run or exec, or the recipe instruction/tasks"
-        )
     if run.recovery is not None:
         run.recovery.check_once()
         return True
