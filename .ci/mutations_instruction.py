@@ -10,6 +10,7 @@ PREDICTORS, CONDITIONAL, ADAPTERS = (
 CHOICE = "tests/predictors/test_soft_top_k.py"
 INSTRUCTION = "tests/conditional/test_instruction.py"
 RUN = "tests/integrations/instruction/test_condition_run.py"
+TAUGHT = "tests/integrations/instruction/test_taught.py"
 MUTATIONS = (
     Mutation(
         "double precision is kept throughout the choice",
@@ -185,5 +186,19 @@ MUTATIONS = (
         "if guard.has_collapsed(found) and guard.stops:",
         "            if False:",
         f"{RUN} -k collapse",
+    ),
+    Mutation(
+        "calls are marked before a distillation takes their labels out",
+        f"{ADAPTERS}/marking.py",
+        '            batch["labels"] = prompt.labels\n',
+        "",
+        f"{TAUGHT} -k chunk",
+    ),
+    Mutation(
+        "a model teaches itself as it was before it was conditioned",
+        "integrations/pruning_run.py",
+        "                self.recovery.copy_teacher(language_model(module))",
+        "                pass",
+        f"{TAUGHT} -k teacher_self",
     ),
 )

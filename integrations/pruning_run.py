@@ -76,6 +76,8 @@ class PruningRun:
             what the trainer is to train; the same module where it can stay.
         """
         if self.condition is not None:
+            if self.recovery is not None:
+                self.recovery.copy_teacher(language_model(module))
             self.condition.prepare(module)
         if self.recovery is None:
             return module

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed
+from lightning_prune.conditional.instruction import Instruction
 from lightning_prune.export.folder import PLAN_NAME
+from lightning_prune.integrations.instruction.marking import mark_calls
 from lightning_prune.integrations.language_model import language_model, replace_module
 from lightning_prune.integrations.recovery_lora import RecoveryLora
 from lightning_prune.recipe import Recipe, Recover
@@ -69,10 +71,10 @@ class RecoveryRun:
         self._since: float | None = None  # the moment from which time is counted, later by what measuring took
         self._lora = None if self.options.lora is None else RecoveryLora(recipe, sparsifier)
         distill = self.options.distill
-        if distill is not None and distill.teacher == "self" and recipe.prune is None:
+        if distill is not None and distill.teacher == "self" and recipe.prune is None and recipe.condition is None:
             raise ValueError(
-                "recover.distill.teacher self is the model as it is before this recipe prunes it, but there is no "
-                "section prune; name the folder of the dense model"
+                "recover.distill.teacher self is the model as it is before this recipe prunes or conditions it, but "
+                "there is no such section; name the folder of the dense model"
             )
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -98,10 +100,9 @@ class RecoveryRun:
                 "lightning_prune.integrations.peft_lora.add_lora(model) before the Trainer, and train without this "
                 "callback"
             )
-        if self.recipe.prune is None and self.options.requires == "pruned":
+        if self.recipe.prune is None and self.recipe.condition is None and self.options.requires == "pruned":
             _check_pruned(found)
-        if self.options.distill is not None and self.options.distill.teacher == "self":
-            self._teacher = self_teacher(found, dtype=self.options.distill.teacher_dtype)
+        self.copy_teacher(found)
         before = sum(parameter.numel() for parameter in found.parameters())
         if self._lora is not None:
             module = replace_module(module, found, self._lora.wrap(found))
@@ -112,6 +113,14 @@ class RecoveryRun:
         distributed.log(logger, logging.INFO, "recovery: %s", self.trainable)
         self._prepared = module
         return module
+
+    def copy_teacher(self, model: nn.Module | None) -> None:
+        """Copy the model as its own teacher, if the recipe asks for that; once, before anything is put into it."""
+        distill = self.options.distill
+        if model is None or distill is None or distill.teacher != "self":
+            return
+        if self._teacher is None and self._prepared is None:
+            self._teacher = self_teacher(model, dtype=distill.teacher_dtype)
 
     @property
     def prepared(self) -> nn.Module | None:
@@ -196,6 +205,8 @@ class RecoveryRun:
             label_smoothing = takes_loss(self._distiller.loss)
             self._takes_loss = takes_loss
         self._distiller.attach(model, replace_loss=takes_loss is None, label_smoothing=label_smoothing)
+        if isinstance(self.recipe.condition, Instruction):
+            self._handles.append(mark_calls(model, self.recipe.condition.reads))
 
     def begin(self) -> None:
         """Take the optimizer steps so far as those before this training; the masks are attached."""

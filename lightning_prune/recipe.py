@@ -91,6 +91,8 @@ class Recipe:
                 )
         if self.condition is not None and not self.condition.is_trained:
             self._check_once(type(self.condition).__name__)
+        if self.condition is not None and self.recover is not None:
+            self._check_taught(self.condition, self.recover)
         if self.export is not None and self.condition is not None and not self.condition.is_exported:
             raise ValueError(
                 f"what {type(self.condition).__name__} adds is in the trainer's checkpoints and the model's own "
@@ -109,6 +111,20 @@ class Recipe:
                 )
         if self.report.dir is not None:
             raise ValueError(f"report.dir has no effect with {name}, which is not trained; leave it out")
+
+    @staticmethod
+    def _check_taught(condition: ConditionMethod, recover: Recover) -> None:
+        for name in ("lora", "retrain", "reconstruct", "learning_rate"):
+            if getattr(recover, name):
+                raise ValueError(
+                    f"recover.{name} says what is trained or how, and so does condition; beside it recover takes "
+                    f"distill alone: leave {name} out (adapters: give the trainer a model of PEFT)"
+                )
+        if not condition.is_taught:
+            raise ValueError(
+                f"{type(condition).__name__} trains on the model's own loss, which recover.distill would replace; set "
+                "recover: null"
+            )
 
     def _check_shrink(self, shrink: Shrink) -> None:
         if self.export is not None and self.export.format == "dense":

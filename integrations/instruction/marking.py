@@ -5,14 +5,17 @@ the mark stays in it. Trainers also count the labels of a batch to divide the lo
 that is read go out here.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.predictors.prompt import Reads
 
-__all__ = ["MarkingCollator"]
+__all__ = ["MarkingCollator", "mark_calls"]
 
 
 class MarkingCollator:
@@ -29,8 +32,36 @@ class MarkingCollator:
     def __call__(self, features: Any) -> Any:
         """Return the batch, marked where it holds labels."""
         batch = self.collator(features)
-        if isinstance(labels := batch.get("labels"), Tensor):
-            prompt = self.reads.find(batch, is_training=True)
-            batch["instruction_mask"] = prompt.marks(labels.shape[1])
-            batch["labels"] = prompt.labels
+        _mark(batch, self.reads)
         return batch
+
+
+def mark_calls(model: nn.Module, reads: Reads) -> RemovableHandle:
+    """Mark the training calls of a model before its other hooks see them, as a distillation's, which takes labels out.
+
+    Args:
+        model: that is called with labels; a call that is marked already is left as it is.
+        reads: where the instruction stands.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+
+    def mark(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        if module is not model or not torch.is_grad_enabled() or "instruction_mask" in kwargs:
+            return None
+        batch = {**dict(zip(names, args, strict=False)), **kwargs}
+        if batch.get("labels") is None:
+            return None
+        _mark(batch, reads)
+        return (), batch
+
+    return model.register_forward_pre_hook(mark, with_kwargs=True, prepend=True)
+
+
+def _mark(batch: Any, reads: Reads) -> None:
+    """Mark a batch in place, where it holds labels."""
+    if isinstance(labels := batch.get("labels"), Tensor):
+        prompt = reads.find(batch, is_training=True)
+        batch["instruction_mask"] = prompt.marks(labels.shape[1])
+        batch["labels"] = prompt.labels

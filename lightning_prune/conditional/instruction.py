@@ -108,6 +108,7 @@ class Instruction(ConditionMethod):
     """
 
     is_exported: ClassVar[bool] = True
+    is_taught: ClassVar[bool] = True
 
     budget: Budget
     kinds: tuple[Literal["ffn", "kv_groups"], ...] = ("ffn",)

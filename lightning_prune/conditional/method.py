@@ -50,12 +50,14 @@ class ConditionMethod(ABC):
 
     `rate` is what the learning rate of the user's optimizer is multiplied by for all that is added; `is_exported` says
     whether the model can be written with it, as `export.format: conditional`; `is_trained` says whether it learns in a
-    training, or is made once from texts by `lightning-prune oneshot`.
+    training, or is made once from texts by `lightning-prune oneshot`; `is_taught` says whether `recover.distill` can
+    give the loss of that training.
     """
 
     rate: float = 1.0
     is_exported: ClassVar[bool] = False
     is_trained: ClassVar[bool] = True
+    is_taught: ClassVar[bool] = False
 
     @abstractmethod
     def insert(self, model: nn.Module, stack: Stack) -> Condition:

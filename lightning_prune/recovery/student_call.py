@@ -32,6 +32,11 @@ _NOT_FOR_TEACHER = frozenset(
 )
 
 
+def _is_for_student_alone(name: str) -> bool:
+    """Return whether an argument means nothing to a teacher; `instruction_` begins what only a mask predictor reads."""
+    return name in _NOT_FOR_TEACHER or name.startswith("instruction_")
+
+
 @dataclass
 class StudentCall:
     """One training call: what the teacher must see, the labels, and the outputs taken along by name."""
@@ -130,7 +135,7 @@ class StudentCalls:
         if kwargs.get("past_key_values") is not None:
             raise ValueError("distillation takes whole sequences; call the model without past_key_values")
         return StudentCall(
-            {key: value for key, value in kwargs.items() if key not in _NOT_FOR_TEACHER},
+            {key: value for key, value in kwargs.items() if not _is_for_student_alone(key)},
             kwargs.get("labels"),
             kwargs.get("shift_labels"),
             kwargs.get("num_items_in_batch"),
