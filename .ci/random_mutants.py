@@ -31,7 +31,8 @@ from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("lightning_prune", "integrations", "recipes", "tests", "benchmarks", "pyproject.toml", "README.md", ".ci")
+FOLDERS = ("lightning_prune", "integrations", "recipes", "tests", "benchmarks", "docs", "examples", ".ci")
+COPIED = (*FOLDERS, "pyproject.toml", *(path.name for path in ROOT.glob("*.md")))
 TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -219,7 +220,7 @@ def fresh_copy(folder: Path) -> Path:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
     return folder

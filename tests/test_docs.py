@@ -1,5 +1,7 @@
 """README.md and docs/ say what is so: code runs, recipes load, commands parse, messages, links and figures exist."""
 
+import doctest
+import importlib
 import importlib.util
 import re
 import shlex
@@ -119,6 +121,18 @@ def test_the_slow_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert pages_with_code(slow=True)
     for page in pages_with_code(slow=True):
         run(page, tmp_path, slow=True)
+
+
+def modules_with_doctests() -> list[str]:
+    paths = sorted((ROOT / "lightning_prune").rglob("*.py"))
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if ">>> " in text_of(path)]
+
+
+@pytest.mark.parametrize("module", modules_with_doctests())
+def test_examples_in_docstrings_hold(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize("block", list(blocks("yaml")), ids=str)
