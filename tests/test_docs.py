@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import lightning_prune
@@ -211,6 +212,18 @@ def test_a_stale_table_is_noticed() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(text_of(ROOT / "README.md").split()) < MOST_WORDS
+
+
+def test_the_files_of_the_repository_are_read_as_they_should() -> None:
+    hidden = [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+    found = {path.name: yaml.safe_load(text_of(path)) for path in hidden}
+    assert {"run": ".ci/run"}.items() <= found["ci.yml"]["jobs"]["run"]["steps"][-1].items()
+    assert found["CITATION.cff"]["version"] == lightning_prune.__version__
+    assert f"## {lightning_prune.__version__}" in text_of(ROOT / "CHANGELOG.md")
+    for form in ("bug.yml", "idea.yml"):
+        assert all(field["attributes"]["label"] for field in found[form]["body"])
+    for hook in found[".pre-commit-config.yaml"]["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
 
 
 def test_public_names_are_those_of_the_page() -> None:
