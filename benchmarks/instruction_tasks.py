@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 
 WORDINGS: Mapping[str, tuple[str, str, str, str]] = {  # the last one is never trained on
@@ -45,25 +45,21 @@ class InstructionTasks:
     Args:
         folder: the test data.
         shape: of the sequences.
+        tokenizer: of a model that is trained already; without it one is trained on the texts.
     """
 
-    def __init__(self, folder: Path, shape: Shape | None = None) -> None:
+    def __init__(self, folder: Path, shape: Shape | None = None, tokenizer: Tokenizer | None = None) -> None:
         self.shape = shape or Shape()
         texts = {task: _text(task, folder) for task in TASKS}
         cut = {task: int(0.9 * len(text)) for task, text in texts.items()}
-        self.tokenizer = ByteLevelBPETokenizer()
-        self.tokenizer.train_from_iterator(
-            [texts[task][: min(cut[task], 400_000)] for task in TASKS],
-            vocab_size=self.shape.vocab_size,
-            special_tokens=["<pad>", "<s>"],
-            show_progress=False,
-        )
+        beginnings = [texts[task][: min(cut[task], 400_000)] for task in TASKS]
+        self.tokenizer = tokenizer or _trained(beginnings, self.shape.vocab_size)
         self._train = {task: self._ids(texts[task][: cut[task]]) for task in TASKS}
         self._held_out = {task: self._ids(texts[task][cut[task] :]) for task in TASKS}
-        self._wordings = {task: [self.tokenizer.encode(w).ids for w in WORDINGS[task]] for task in TASKS}
+        self._wordings = {task: [self._ids(wording).tolist() for wording in WORDINGS[task]] for task in TASKS}
 
     def _ids(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer.encode(text).ids)
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def train(self, seed: int, step: int, batch_size: int) -> dict[str, Tensor]:
         """Return the batch of a training step, of random tasks."""
@@ -93,6 +89,13 @@ class InstructionTasks:
         ids = instruction + stream[begin : begin + num].tolist()
         left_out = len(instruction) + self.shape.opening
         return ids, [IGNORED] * left_out + ids[left_out:]
+
+
+def _trained(texts: list[str], vocab_size: int) -> ByteLevelBPETokenizer:
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<pad>", "<s>"]
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    return tokenizer
 
 
 def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:

@@ -207,11 +207,25 @@ def _quality(folder: Path, rows: Sequence[Values]) -> str:
     plot = picture(
         folder / "quality.png", lambda theme: draw_quality(rows, theme), alt=f"{alt}.", otherwise="No rows were given."
     )
+    best: dict[float, float] = {}
+    for entry in rows:
+        best[_number(entry)] = min(_loss(entry), best.get(_number(entry), math.inf))
     body = [
-        row_of(escaped(entry.get("arm")), format_count(_number(entry)), format_value(entry.get("loss")))
-        for entry in rows
+        row_of(
+            escaped(entry.get("arm")),
+            format_count(_number(entry)),
+            format_value(entry.get("loss")),
+            f"{_loss(entry) - best[_number(entry)]:+.3f}",
+        )
+        for entry in sorted(rows, key=lambda entry: (-_number(entry), _loss(entry)))
     ]
-    return plot + f'<div style="margin-top:18px">{table_of(("", "Activated", "Loss, nats per token"), body)}</div>'
+    head = ("By size, then by loss", "Activated", "Loss, nats per token", "Over the best of its size")
+    return plot + f'<div style="margin-top:18px">{table_of(head, body)}</div>'
+
+
+def _loss(entry: Values) -> float:
+    loss = as_number(entry.get("loss"))
+    return math.nan if loss is None else loss
 
 
 def _number(entry: Values) -> float:

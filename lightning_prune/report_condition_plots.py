@@ -191,12 +191,13 @@ def draw_quality(rows: Sequence[Values], theme: Theme = LIGHT) -> bytes | None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     report_plots.style(axes, theme)
+    num_colors = len(theme.lines)
     for idx, (arm, found) in enumerate(arms.items()):
         xs, ys = zip(*sorted(found), strict=True)
-        color = theme.lines[idx % len(theme.lines)]
-        axes.plot(xs, ys, color=color, linewidth=1.6, marker="osD^v"[idx % 5], markersize=6, label=arm)
+        look = {"color": theme.lines[idx % num_colors], "linestyle": ("-", "--", ":")[idx // num_colors % 3]}
+        axes.plot(xs, ys, linewidth=1.6, marker="osD^vPX"[idx % 7], markersize=6, label=arm, **look)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("activated parameters", fontsize=9, color=theme.muted)
     axes.set_title("Loss, nats per token", loc="left", fontsize=10, color=theme.text)
-    axes.legend(frameon=False, fontsize=9, labelcolor=theme.text)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=theme.text)
     return report_plots.png(figure, theme)

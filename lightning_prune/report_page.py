@@ -188,7 +188,7 @@ def _parts(
         losses = [{key: value for key, value in entry.items() if key != "sparsity"} for entry in history]
         last = {
             **condition_sections(folder, condition),
-            "Loss over time": _history_plot(folder / "history.png", losses),
+            "Loss over time": _history_plot(folder / "history.png", losses) if losses else "",
         }
     return title, figures, first, last
 

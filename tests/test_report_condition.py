@@ -81,7 +81,8 @@ def test_the_page_shows_units_losses_and_times(tmp_path):
     assert page.row("Units of its own instruction") == ["2.500", ""]
     assert page.row("Units of another instruction") == ["2.750", "+0.250"]
     assert page.row("All units") == ["2.000", "-0.500"]
-    assert page.row("conditioned") == ["1.00 k", "2.500"]
+    assert page.row("conditioned") == ["1.00 k", "2.500", "+0.000"]
+    assert page.row("dense small") == ["1.00 k", "3.000", "+0.500"]
     assert "1,000 of 4,000 parameters (25.00 %) compute for one instruction." in page.text
     assert "Instruction added 77 parameters." in page.text
     assert "<b>sum</b>" in page.text  # as text
@@ -107,6 +108,7 @@ def test_a_condition_without_measurements_has_no_empty_sections(tmp_path):
     page = write(tmp_path, condition={"method": "SkipLayer", "num_added": 5, "measurements": []}, evaluations=[])
     assert "SkipLayer added 5 parameters." in page.text
     assert len(page.alts) == 1  # the loss
+    assert "Loss over time" not in write(tmp_path, condition=CONDITION, history=[]).text
     for title in ("Units that", "Does the choice", "Time to the first token", "Quality", "Evaluations"):
         assert title not in page.text
     said = write(tmp_path, condition={"first_token": {"note": "the model is sharded"}}, history=HISTORY)
@@ -163,4 +165,7 @@ def test_quality_is_a_line_for_each_arm(figures):
     draw_quality(rows)
     found = curves(figures[0].axes[0])
     assert found == {"dense small": [(1000, 3.0)], "conditioned": [(500, 2.9), (1000, 2.5)]}
+    draw_quality([{"arm": f"arm {number}", "num_activated": 1000, "loss": 1.0 + number} for number in range(9)])
+    looks = {(line.get_color(), line.get_linestyle()) for line in figures[1].axes[0].get_lines()}
+    assert len(looks) == 9  # told apart also where the colours are used up
     assert draw_quality([]) is None
