@@ -179,27 +179,44 @@ def architectures() -> str:
     return markdown(("", *kinds.values()), lines)
 
 
+PARENT = "0.7M"  # of the tables; a file without parents has this one alone
+ARMS = {
+    "conditioned": "conditioned on the instruction",
+    "Wanda": "one Wanda mask, then trained",
+    "Taylor": "one Taylor mask, then trained",
+    "magnitude": "one magnitude mask, then trained",
+    "static": "one learned mask (the same head without input)",
+    "dense small": "a dense model of that size, from random weights",
+    "dense small, parent's steps too": "the same, trained as long as parent and arm",
+    "Wanda per task, untrained": "one Wanda mask per kind of text, not trained",
+}
+
+
 def instruction(arm: str, keep: float, what: str = "loss") -> float:
     """Return the mean over seeds of one arm."""
-    return statistics.mean(row[what] for row in rows("quality_instruction", arm=arm, keep=keep))
+    found = [
+        row[what] for row in rows("quality_instruction", arm=arm, keep=keep) if row.get("parent", PARENT) == PARENT
+    ]
+    return statistics.mean(found)
 
 
 def instructions() -> str:
     """Return the losses of a conditioned model and of those beside it."""
-    arms = {
-        "conditioned": "conditioned on the instruction",
-        "Wanda": "one Wanda mask, then trained",
-        "static": "one learned mask (the same head without input)",
-        "Wanda per task, untrained": "one Wanda mask per kind of text, not trained",
-    }
-    lines = [("dense, all units", f"{instruction('dense', 1.0):.3f}", f"{instruction('dense', 1.0):.3f}")]
-    lines += [(text, *(f"{instruction(arm, keep):.3f}" for keep in (0.33, 0.125))) for arm, text in arms.items()]
-    for arm, text in (("conditioned", "conditioned"), ("Wanda", "one Wanda mask")):
-        unseen = (f"{instruction(arm, keep, 'unseen_wording'):.3f}" for keep in (0.33, 0.125))
-        lines.append((f"{text}, a wording never trained on", *unseen))
-    swap = (f"+{instruction('conditioned', keep, 'swap_cost'):.2f}" for keep in (0.33, 0.125))
-    lines.append(("conditioned, with the mask of another instruction", *swap))
-    return markdown(("", "33 % of the FFN units", "12.5 %"), lines)
+    own = [row for row in result("quality_instruction")["rows"] if row.get("parent", PARENT) == PARENT]
+    there = {(row["arm"], row["keep"]) for row in own}
+    keeps = sorted({keep for _, keep in there if keep < 1}, reverse=True)
+
+    def line(text: str, arm: str, what: str = "loss") -> Row:
+        return text, *(f"{instruction(arm, keep, what):.3f}" if (arm, keep) in there else "" for keep in keeps)
+
+    lines = [("dense, all units", *[f"{instruction('dense', 1.0):.3f}"] * len(keeps))]
+    lines += [line(text, arm) for arm, text in ARMS.items() if any((arm, keep) in there for keep in keeps)]
+    lines.append(line("conditioned, a wording never trained on", "conditioned", "unseen_wording"))
+    lines.append(line("one Wanda mask, a wording never trained on", "Wanda", "unseen_wording"))
+    lines.append(("cost of another instruction's mask", *line("", "conditioned", "swap_cost")[1:]))
+    shared = (instruction("conditioned", keep, "within") - instruction("conditioned", keep, "across") for keep in keeps)
+    lines.append(("units shared within a kind, less those across (Jaccard)", *(f"{value:.2f}" for value in shared)))
+    return markdown(("", *(f"{100 * keep:g} % of the FFN units" for keep in keeps)), lines)
 
 
 def serving() -> str:
