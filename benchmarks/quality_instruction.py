@@ -21,7 +21,8 @@ Other parents (`--parent`): 3.4M, the same at twice the width and with one block
 stories with its own tokenizer and then for a few steps on the eight kinds. No limit applies to them, nor to 50 %.
 
 A run adds its rows to the result file, in place of those of the same parent, seed, arm and share, and leaves out what
-the file has of the same code already; `code` is the last commit of the library that a row was measured with.
+the file has of the same code already; `code` is the last commit of the library that a row was measured with, `processor` what it ran on: another one rounds
+otherwise, by which a loss differs by up to 0.01.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from pathlib import Path
 import torch
 from instruction_arms import ARM_RATE, ARMS, BATCH, PARENTS, Bench, Row
 from instruction_tasks import TASKS
-from measure import RESULTS, limit, print_table, write_result
+from measure import RESULTS, limit, machine, print_table, write_result
 
 from lightning_prune.recipe import Recipe
 from lightning_prune.report_page import write_report
@@ -198,8 +199,9 @@ def main() -> None:
         for one in missing:
             began = time.monotonic()
             found = ARMS[str(one["arm"])](bench, float(str(one["keep"])))
-            steps = {"parent_steps": parent.steps, "arm_steps": given.arm_steps}
-            row = {**one, **found, **steps, "code": version, "seconds": round(time.monotonic() - began)}
+            about = {"parent_steps": parent.steps, "arm_steps": given.arm_steps, "code": version}
+            about |= {"processor": machine()["processor"], "seconds": round(time.monotonic() - began)}
+            row = {**one, **found, **about}
             print({name: value for name, value in row.items() if name != "by_task"}, flush=True)
             write(row)
     show(measured())

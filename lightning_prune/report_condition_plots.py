@@ -194,8 +194,9 @@ def draw_quality(rows: Sequence[Values], theme: Theme = LIGHT) -> bytes | None:
     num_colors = len(theme.lines)
     for idx, (arm, found) in enumerate(arms.items()):
         xs, ys = zip(*sorted(found), strict=True)
-        look = {"color": theme.lines[idx % num_colors], "linestyle": ("-", "--", ":")[idx // num_colors % 3]}
-        axes.plot(xs, ys, linewidth=1.6, marker="osD^vPX"[idx % 7], markersize=6, label=arm, **look)
+        (line,) = axes.plot(xs, ys, linewidth=1.6, marker="osD^vPX"[idx % 7], markersize=6, label=arm)
+        line.set_color(theme.lines[idx % num_colors])
+        line.set_linestyle(("-", "--", ":")[idx // num_colors % 3])
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("activated parameters", fontsize=9, color=theme.muted)
     axes.set_title("Loss, nats per token", loc="left", fontsize=10, color=theme.text)
