@@ -318,6 +318,36 @@ def _limits(path: Path) -> Iterator[dict[str, Any]]:
         yield from result(path.stem).get("limits", [])
 
 
+def steps() -> str:
+    """Return the time of a training step beside a plain one."""
+    lines = []
+    for row in result("step_overhead")["rows"]:
+        if "variant" in row and row["variant"] != "plain":
+            ratio = row["ratio"]
+            spread = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+            lines.append((row["variant"], row.get("optimizer", "fused"), f"{ratio['median']:.3f}", spread))
+    return markdown(("step", "AdamW", "over a plain step", "range"), lines, words=2)
+
+
+def memory() -> str:
+    """Return what is held for each weight of the targets."""
+    names = ("held_bytes_per_weight", "peak_bytes_per_weight", "checkpoint_bits_per_weight")
+    lines = [
+        (row["variant"], *(f"{abs(round(row[name], 1)):g}" for name in names)) for row in result("mask_memory")["rows"]
+    ]
+    return markdown(("", "bytes held", "bytes at the peak", "bits in a checkpoint"), lines)
+
+
+def calibration() -> str:
+    """Return perplexities after pruning from different texts."""
+    found: dict[str, list[float]] = {}
+    for row in result("calibration_text")["rows"]:
+        found.setdefault(row["text"], []).append(row["perplexity"])
+    texts = {"stories": "training stories", "its own text": "the model's own, three seeds"}
+    numbers = (" to ".join(dict.fromkeys(f"{v:.2f}" for v in (min(own), max(own)))) for own in found.values())
+    return markdown(("calibration text", *(texts.get(text, text) for text in found)), [("perplexity", *numbers)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -331,6 +361,9 @@ TABLES: dict[str, Callable[[], str]] = {
         relatives,
         recovery,
         cost,
+        steps,
+        memory,
+        calibration,
     )
 }
 
