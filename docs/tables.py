@@ -71,8 +71,12 @@ def headline() -> str:
     recovered, lost = ppl(ways["reconstruction, then MaskLoRA"]), ppl(ways["no recovery"])
     lines = [
         ("Half of the weights pruned in the quickstart, validation perplexity", f"{pruned:.1f}", f"{dense:.1f} dense"),
-        ("Half pruned once by Wanda, then refitted and MaskLoRA (stories3M)", recovered, f"{lost} lost, {whole} dense"),
-        ("A third of the blocks cut, 30 steps of training (stories3M)", ppl(ours), f"{ppl(peer)} Torch-Pruning, FFN"),
+        (
+            "Half pruned once by Wanda, then refitted and MaskLoRA (stories3M)",
+            recovered,
+            f"{lost} pruned, {whole} dense",
+        ),
+        ("A third of the blocks' weights cut, then 30 steps (stories3M)", ppl(ours), f"{ppl(peer)} Torch-Pruning, FFN"),
         ("A third of the FFN units, by the instruction, nats per token", f"{given:.3f}", f"{one:.3f} one Wanda mask"),
         ("Architectures whose FFN units are cut exactly", f"{counts['ffn']['exact']}", f"{built} tried"),
         ("Time of a training step with masks held", f"{step:.3f}", "1 plain"),
