@@ -213,7 +213,7 @@ def instructions() -> str:
     def line(text: str, arm: str, what: str = "loss") -> Row:
         return text, *(f"{instruction(arm, keep, what):.3f}" if (arm, keep) in there else "" for keep in keeps)
 
-    lines = [("dense, all units", *[f"{instruction('dense', 1.0):.3f}"] * len(keeps))]
+    lines: list[Row] = [("dense, all units", *[f"{instruction('dense', 1.0):.3f}"] * len(keeps))]
     lines += [line(text, arm) for arm, text in ARMS.items() if any((arm, keep) in there for keep in keeps)]
     lines.append(line("conditioned, a wording never trained on", "conditioned", "unseen_wording"))
     lines.append(line("one Wanda mask, a wording never trained on", "Wanda", "unseen_wording"))

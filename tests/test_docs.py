@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OWN_PAGES = [*PAGES, *sorted(ROOT.glob("C*.md")), ROOT / "SECURITY.md"]
 MOST_WORDS = 1_000  # of README.md
 # Files that a user's run writes, and a model folder holds.
-WRITTEN = {"results.json", "lightning_prune.json", "config.json", "search.json", "tasks.json"}
+WRITTEN = {"results.json", "lightning_prune.json", "sparsity.json", "config.json", "search.json", "tasks.json"}
 
 
 @dataclass(frozen=True)
