@@ -80,7 +80,9 @@ def draw_overlap_by_block(blocks: Sequence[str], measurements: Sequence[Values],
     shown = found[::-1][::every][::-1]  # the last one among them
     columns: list[Any] = [entry["by_group"] for entry in shown]
     cells = tuple(tuple(column[row] for column in columns) for row in range(len(blocks)))
-    return draw_heatmap(Grid(tuple(blocks), tuple(f"step {entry['step']}" for entry in shown), cells), theme)
+    return draw_heatmap(
+        Grid(tuple(blocks), tuple(f"step {entry['step']}" for entry in shown), cells), theme, rows="block"
+    )
 
 
 def draw_guard(measurements: Sequence[Values], theme: Theme = LIGHT) -> bytes | None:

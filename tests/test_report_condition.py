@@ -133,6 +133,7 @@ def test_blocks_are_drawn_over_a_dozen_steps_with_the_last(figures):
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert len(labels) == 10
     assert labels[-1] == "step 30"
+    assert axes.get_ylabel() == "block"
     assert axes.get_images()[0].get_array()[0, -1] == pytest.approx(0.3)
     assert draw_overlap_by_block(["x"], [{"step": 1}]) is None
 
