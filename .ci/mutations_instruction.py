@@ -190,8 +190,8 @@ MUTATIONS = (
     Mutation(
         "calls are marked before a distillation takes their labels out",
         f"{ADAPTERS}/marking.py",
-        '            batch["labels"] = prompt.labels\n',
-        "",
+        '        batch["labels"] = prompt.labels',
+        "        pass",
         f"{TAUGHT} -k chunk",
     ),
     Mutation(
@@ -200,5 +200,12 @@ MUTATIONS = (
         "                self.recovery.copy_teacher(language_model(module))",
         "                pass",
         f"{TAUGHT} -k teacher_self",
+    ),
+    Mutation(
+        "what a condition does not go with is refused beside it",
+        "lightning_prune/recipe.py",
+        "            if getattr(recover, name):",
+        "            if False:",
+        f"{TAUGHT} -k refused",
     ),
 )
