@@ -208,4 +208,25 @@ MUTATIONS = (
         "            if False:",
         f"{TAUGHT} -k refused",
     ),
+    Mutation(
+        "masks follow the rows of a key/value cache",
+        "lightning_prune/predictors/marked_cache.py",
+        "setattr(self.cache, _MASKS, [mask if len(mask) == 1 else _MOVES[self.name](mask, rows) for mask in masks])",
+        "del masks",
+        "tests/predictors/test_marked_cache.py",
+    ),
+    Mutation(
+        "rows of a cache that nothing tells of are refused",
+        "lightning_prune/predictors/marked_cache.py",
+        "if len(found[0]) not in (1, num_rows):",
+        "if False:",
+        "tests/predictors/test_marked_cache.py",
+    ),
+    Mutation(
+        "a second stage goes on with the predictor of the first",
+        f"{ADAPTERS}/condition_run.py",
+        "left_out = _saving().take_predictor(folder, condition)",
+        "left_out = None",
+        f"{RUN} -k second_stage",
+    ),
 )

@@ -14,7 +14,7 @@ def check_beside(run: PruningRun, others: Sequence[PruningRun]) -> None:
     """Check, before the model is known, that a run can stand beside others in one training.
 
     Raises:
-        ValueError: if two of them change what is trained, or write into one folder.
+        ValueError: if two of them change what is trained, condition the model, or write into one folder.
     """
     if not others:
         return
@@ -23,6 +23,8 @@ def check_beside(run: PruningRun, others: Sequence[PruningRun]) -> None:
             "a recipe with a section recover changes what is trained, so it stands alone in a Trainer; leave out the "
             "other pruning callbacks, or put their targets into its section prune"
         )
+    if sum(each.condition is not None for each in (run, *others)) > 1:
+        raise ValueError("two recipes of this Trainer have a section condition, and a model has one; leave one out")
     for name, folders in (
         ("export.dir", [each.export.folder for each in (run, *others)]),
         ("report.dir", [each.recipe.report.dir for each in (run, *others)]),

@@ -105,7 +105,7 @@ class OneShot:
         for binding, mask in tqdm(choice.masks, desc=title, total=len(bindings), disable=hidden):
             if self._removed is not None:
                 weight = distributed.local(binding.parameter.detach())
-                self._removed.append((weight, ~mask, weight[~mask].cpu()))
+                self._removed.append((weight, mask, weight[~mask].cpu()))
             self.held.set(binding, mask)
 
     def _decision(self, bindings: Sequence[Binding]) -> Decision:
@@ -232,8 +232,8 @@ class OneShot:
             yield
         except BaseException:
             with torch.no_grad():
-                for weight, gone, values in self._removed:
-                    weight[gone] = values.to(weight.device)
+                for weight, mask, values in self._removed:
+                    weight[~mask] = values.to(weight.device)
             raise
         finally:
             self._removed = None

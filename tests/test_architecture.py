@@ -47,6 +47,7 @@ FLOORS: dict[str, float] = {
     "predictors.mask_predictor": 2.4,
     "predictors.proof": 3.2,
     "predictors.generation": 2.3,
+    "predictors.marked_cache": 2.3,
     "predictors.sub_model": 3.2,
     "predictors.task_scores": 2.4,
     "predictors.unit_masks": 2.1,

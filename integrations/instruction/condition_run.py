@@ -89,22 +89,30 @@ class ConditionRun:
 
     def _insert(self, model: nn.Module) -> Condition:
         """Insert the method; below adapters, what it needs to know of the model is found in a copy without them."""
-        if hasattr(model, PREDICTOR):
-            raise ValueError(
-                f"this {type(model).__name__} has a {PREDICTOR} already, of another Trainer or of the folder it was "
-                "opened from; hand that callback to this Trainer, or take it off first: "
-                "model.mask_predictor.condition.remove()"
-            )
+        there = getattr(model, PREDICTOR, None)
+        if there is not None:
+            if not isinstance(self.method, Instruction) or there.condition is None or not there.is_trained:
+                raise ValueError(
+                    f"this {type(model).__name__} has a {PREDICTOR} already, of another Trainer that has not trained "
+                    "it yet, or of another method; hand that callback to this Trainer, or take it off first: "
+                    f"model.{PREDICTOR}.condition.remove()"
+                )
+            taken = self.method.take_over(there.condition)
+            _say_trained(taken, "the model")
+            return taken
+        plain = _without_adapters(model) if self._is_below_adapters else model
+        if not isinstance(self.method, Instruction):
+            return self.method.insert(model, _stack(plain))
+        condition = self.method.insert(model, _stack(plain), plain=plain)
         folder = str(getattr(model, "name_or_path", ""))
         if folder and _saving().is_conditional(folder):
-            said = "%s holds a predictor, which from_pretrained leaves out: this training starts with a new one"
-            distributed.log(logger, logging.WARNING, said, folder)
-        if not self._is_below_adapters:
-            return self.method.insert(model, _stack(model))
-        plain = _without_adapters(model)
-        if isinstance(self.method, Instruction):
-            return self.method.insert(model, _stack(plain), plain=plain)
-        return self.method.insert(model, _stack(plain))
+            left_out = _saving().take_predictor(folder, condition)
+            if left_out is None:
+                _say_trained(condition, folder)
+            else:
+                said = "the predictor in %s %s: this training starts with a new one"
+                distributed.log(logger, logging.WARNING, said, folder, left_out)
+        return condition
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what was added to be trained."""
@@ -325,6 +333,11 @@ class ConditionRun:
 
     def _added_below_adapters(self) -> Mapping[str, nn.Module]:
         return self.condition.added() if self.condition is not None and self._is_below_adapters else {}
+
+
+def _say_trained(condition: InstructionCondition, where: str) -> None:
+    said = "going on with the predictor of %s, trained for %d steps: no start from importance, and no ramp"
+    distributed.log(logger, logging.INFO, said, where, condition.step)
 
 
 def _saving() -> Any:

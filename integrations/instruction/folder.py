@@ -29,7 +29,7 @@ from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import check_seal, sealed
 from lightning_prune.structured.structure import Stack
 
-__all__ = ["is_conditional", "open_any", "open_conditional", "read_tasks", "save_conditional"]
+__all__ = ["is_conditional", "open_any", "open_conditional", "read_tasks", "save_conditional", "take_predictor"]
 
 FORMAT = 1
 ROOM = "instruction"  # the folder inside the folder
@@ -122,10 +122,28 @@ def open_conditional(
             f"{path} masks {len(about['groups'])} groups of units, and in the model other ones are found now "
             f"({len(found)}): open it with the versions of this library and of Transformers that wrote it"
         )
-    condition.predictor.load_state_dict(load_file(path / ROOM / _PREDICTOR))
+    condition.load(load_file(path / ROOM / _PREDICTOR))
     condition.predictor.encoder.use_tokenizer(tokenizer)
     model.eval()
     return model, condition, tokenizer
+
+
+def take_predictor(folder: str | PathLike[str], condition: InstructionCondition) -> str | None:
+    """Give a condition, new in the model of a folder, the predictor of this folder.
+
+    Returns:
+        None, or why it is another one than the condition's, in words; then nothing was changed.
+
+    Raises:
+        ValueError: if the folder is damaged.
+    """
+    path = Path(folder).expanduser()
+    about = _read_about(path)
+    found = condition.options.differences(read(ConditionMethod, about["options"], "options"))
+    if found is None:
+        _check_files(path, about["files"])
+        condition.load(load_file(path / ROOM / _PREDICTOR))
+    return found
 
 
 def open_any(name: str, *, device: str = "auto", trust_remote_code: bool = False) -> tuple[nn.Module, Any]:

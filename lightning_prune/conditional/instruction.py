@@ -28,6 +28,7 @@ from lightning_prune import distributed
 from lightning_prune.bounds import at_least
 from lightning_prune.calibration import evaluating
 from lightning_prune.conditional.method import Condition, ConditionMethod
+from lightning_prune.predictors import marked_cache
 from lightning_prune.predictors.budget import Budget
 from lightning_prune.predictors.collapse import CollapseGuard, Conditioning, rows_apart
 from lightning_prune.predictors.encoder import Encoder, OwnLayers
@@ -46,7 +47,6 @@ __all__ = ["Instruction", "InstructionCondition", "Predictor", "Start"]
 
 logger = logging.getLogger(__name__)
 NAME = "mask_predictor"  # of the predictor in the model
-_CACHE_MARK = "_lightning_prune_masks"  # on a key/value cache: the masks that it was filled under
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +163,33 @@ class Instruction(ConditionMethod):
         model.add_module(NAME, predictor)
         return InstructionCondition(self, model, predictor)
 
+    def differences(self, other: "Instruction") -> str | None:
+        """Return why the predictor of other options is none of these, in words; None if it is."""
+        for name in ("kinds", "predictor"):
+            found, wanted = getattr(other, name), getattr(self, name)
+            if found != wanted:
+                return f"was made with {name} {found}, and this recipe says {wanted}"
+        return None
+
+    def take_over(self, condition: "InstructionCondition") -> "InstructionCondition":
+        """Go on, under these options, with the predictor that is at work in a model; budget and choice may differ.
+
+        Raises:
+            ValueError: if these options make another predictor.
+        """
+        model, predictor = condition.model, condition.predictor
+        found = self.differences(condition.options)
+        if found is not None:
+            raise ValueError(
+                f"the {NAME} in this {type(model).__name__} {found}; write the same into the recipe, or start anew "
+                f"without it: model.{NAME}.condition.remove()"
+            )
+        keep = self.budget.numbers(predictor.units.groups)
+        condition.remove()
+        predictor.keep, predictor.choice = keep, self.choice
+        model.add_module(NAME, predictor)
+        return InstructionCondition(self, model, predictor)
+
 
 class _Seen(NamedTuple):
     """What the predictor made of one call: features (B, D), and scores (B, U) of each group."""
@@ -176,7 +203,7 @@ class InstructionCondition(Condition):
 
     def __init__(self, options: Instruction, model: nn.Module, predictor: MaskPredictor) -> None:
         self.options, self.model, self.predictor = options, model, predictor
-        self._step, self._is_whole = 0, False
+        self._step, self._is_whole = int(predictor.num_steps), False
         self._fixed: list[Tensor] | None = None
         self._seen: list[_Seen] | None = None  # what calls predicted, while somebody looks
         predictor.condition = self
@@ -208,6 +235,11 @@ class InstructionCondition(Condition):
         self._call.num_calls = 0
         self._step += 1
         self.predictor.num_steps.fill_(self._step)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a trained predictor, and go on where it stands."""
+        self.predictor.load_state_dict(state)
+        self._step = int(self.predictor.num_steps)
 
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Tell an encoder that reads other tokens what the model's mean; see `InstructionEncoder.use_tokenizer`."""
@@ -338,7 +370,7 @@ class InstructionCondition(Condition):
         if masks is None and self._generation.prompt is not None:
             masks = self._generation.for_rows(len(batch["input_ids"]), self.masks_of)
         if masks is None:
-            masks = self._masks_in_cache(batch.get("past_key_values"))
+            masks = marked_cache.masks_of(batch.get("past_key_values"), _num_rows(batch))
         if masks is None:
             prompt = self.prompt(batch)
             self._look(prompt)
@@ -351,21 +383,14 @@ class InstructionCondition(Condition):
             output = unconditioned(**_without_instruction(batch))
         found = getattr(output, "past_key_values", None)
         if found is not None and not self.is_learning:
-            setattr(found, _CACHE_MARK, masks)
+            marked_cache.mark(found, masks)
         return output
-
-    def _masks_in_cache(self, cache: Any) -> list[Tensor] | None:
-        """Return the masks that a cache was filled under; None for a cache that is empty."""
-        if cache is None or not int(cache.get_seq_length()):
-            return None
-        found: list[Tensor] | None = getattr(cache, _CACHE_MARK, None)
-        if found is None:
-            raise ValueError(
-                "this key/value cache was filled by another model or another sub-network, so it belongs to another "
-                "mask; start with an empty cache"
-            )
-        return found
 
 
 def _without_instruction(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if not name.startswith("instruction_")}
+
+
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    found = (value for name in ("input_ids", "inputs_embeds") if isinstance(value := batch.get(name), Tensor))
+    return len(next(found, ()))

@@ -317,11 +317,42 @@ def test_a_model_that_has_a_predictor_or_was_made_anew_is_refused(tmp_path: Path
         trainer.train()
 
 
-def test_a_folder_whose_predictor_was_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("opened", ["from_pretrained", "open_conditional"])
+@pytest.mark.parametrize("trainer", ["hf", "lightning"])
+def test_a_second_stage_goes_on_with_the_predictor_of_the_first(
+    opened: str, trainer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    given = Recipe.load(recipe(), overrides=["export.format=conditional", f"export.dir={tmp_path / 'out'}"])
+    first = train_hf(given, tmp_path / "run").mask_predictor
+    if opened == "from_pretrained":
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        model = open_conditional(tmp_path / "out", device="cpu")[0]
+    second = recipe(budget={"num_units": 24})  # of 48, where the first stage had another
+    if trainer == "hf":
+        going = hf_trainer(model, tmp_path / "second", [HFCallback(second)])
+        going.train_dataset = dataset()
+        assert_same_weights(model.mask_predictor.head, first.head)
+        going.train()
+    else:
+        module, data = TinyModule(model.train()), DataLoader(dataset(), batch_size=BATCH)
+        lightning_trainer([LightningCallback(second)], limit_val_batches=1).fit(module, data, data)
+    assert f"trained for {NUM_STEPS} steps" in caplog.text
+    assert int(model.mask_predictor.num_steps) == 2 * NUM_STEPS
+    assert "the predictor starts from what matters" not in caplog.text.partition("going on with")[2]
+    assert model.mask_predictor.keep == (24, 24)
+
+
+def test_a_predictor_of_another_make_is_told_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     given = Recipe.load(recipe(), overrides=["export.format=conditional", f"export.dir={tmp_path / 'out'}"])
     train_hf(given, tmp_path / "run")
-    hf_trainer(LlamaForCausalLM.from_pretrained(tmp_path / "out"), tmp_path, [HFCallback(recipe())])
-    assert "holds a predictor, which from_pretrained leaves out" in caplog.text
+    other = recipe(predictor={"hidden": 7})
+    hf_trainer(LlamaForCausalLM.from_pretrained(tmp_path / "out"), tmp_path, [HFCallback(other)])
+    assert "hidden=7" in caplog.text
+    assert "starts with a new one" in caplog.text
+    with pytest.raises(ValueError, match=r"(?s)was made with predictor .*hidden=7.*\.remove\(\)"):
+        hf_trainer(open_conditional(tmp_path / "out", device="cpu")[0], tmp_path, [HFCallback(other)])
 
 
 def test_a_checkpoint_of_lightning_opens_for_a_test(tmp_path: Path) -> None:
