@@ -224,7 +224,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a second stage goes on with the predictor of the first",
-        f"{ADAPTERS}/condition_run.py",
+        f"{ADAPTERS}/insertion.py",
         "left_out = _saving().take_predictor(folder, condition)",
         "left_out = None",
         f"{RUN} -k second_stage",

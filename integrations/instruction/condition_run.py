@@ -5,7 +5,6 @@ in the user's optimizer, `start` begins it, `finish` leaves it at work in the mo
 adapters call it at their trainer's moments; it knows no trainer.
 """
 
-import copy
 import importlib
 import logging
 import random
@@ -20,21 +19,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import distributed
-from lightning_prune.conditional.instruction import NAME as PREDICTOR
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.hooks import unwrap_optimizer
 from lightning_prune.integrations.instruction.added_loss import AddedLoss
+from lightning_prune.integrations.instruction.insertion import base_model, insert
 from lightning_prune.integrations.instruction.marking import MarkingCollator
 from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.instruction.record import ConditionRecord, joined
 from lightning_prune.integrations.language_model import language_model
 from lightning_prune.predictors.collapse import Conditioning
-from lightning_prune.structured.discovery.blueprint import Blueprint
-from lightning_prune.structured.discovery.stack import candidate_stacks
-from lightning_prune.structured.structure import Stack
 
-__all__ = ["Batches", "ConditionRun", "base_model"]
+__all__ = ["Batches", "ConditionRun"]
 
 logger = logging.getLogger(__name__)
 Batches = Callable[[], Iterable[Any]]
@@ -78,7 +74,7 @@ class ConditionRun:
         model = base_model(found)
         self._is_below_adapters = model is not found
         if self.condition is None:
-            self.condition = self._insert(model)
+            self.condition = insert(self.method, model, is_below_adapters=self._is_below_adapters)
             self._loss = AddedLoss(self.condition, model)
             num = sum(p.numel() for one in self.condition.added().values() for p in one.parameters())
             said = "conditioning: %s in %s, %d parameters added"
@@ -86,33 +82,6 @@ class ConditionRun:
         elif not _holds(module, self.condition):
             raise ValueError("this callback has conditioned another model; give each Trainer a callback of its own")
         return module
-
-    def _insert(self, model: nn.Module) -> Condition:
-        """Insert the method; below adapters, what it needs to know of the model is found in a copy without them."""
-        there = getattr(model, PREDICTOR, None)
-        if there is not None:
-            if not isinstance(self.method, Instruction) or there.condition is None or not there.is_trained:
-                raise ValueError(
-                    f"this {type(model).__name__} has a {PREDICTOR} already, of another Trainer that has not trained "
-                    "it yet, or of another method; hand that callback to this Trainer, or take it off first: "
-                    f"model.{PREDICTOR}.condition.remove()"
-                )
-            taken = self.method.take_over(there.condition)
-            _say_trained(taken, "the model")
-            return taken
-        plain = _without_adapters(model) if self._is_below_adapters else model
-        if not isinstance(self.method, Instruction):
-            return self.method.insert(model, _stack(plain))
-        condition = self.method.insert(model, _stack(plain), plain=plain)
-        folder = str(getattr(model, "name_or_path", ""))
-        if folder and _saving().is_conditional(folder):
-            left_out = _saving().take_predictor(folder, condition)
-            if left_out is None:
-                _say_trained(condition, folder)
-            else:
-                said = "the predictor in %s %s: this training starts with a new one"
-                distributed.log(logger, logging.WARNING, said, folder, left_out)
-        return condition
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what was added to be trained."""
@@ -335,37 +304,8 @@ class ConditionRun:
         return self.condition.added() if self.condition is not None and self._is_below_adapters else {}
 
 
-def _say_trained(condition: InstructionCondition, where: str) -> None:
-    said = "going on with the predictor of %s, trained for %d steps: no start from importance, and no ramp"
-    distributed.log(logger, logging.INFO, said, where, condition.step)
-
-
 def _saving() -> Any:
     return importlib.import_module("lightning_prune.integrations.instruction.folder")
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the model below adapters, or the model itself."""
-    below = getattr(model, "get_base_model", None)
-    return below() if callable(below) and getattr(model, "peft_config", None) else model
-
-
-def _without_adapters(model: nn.Module) -> nn.Module:
-    """Return a model of the same class and configuration with random weights, on the processor."""
-    build: Any = type(model)
-    with torch.random.fork_rng():
-        plain: nn.Module = build(copy.deepcopy(model.config))
-    return plain.eval()
-
-
-def _stack(model: nn.Module) -> Stack:
-    try:
-        found = next(candidate_stacks(model, Blueprint(model)), None)
-    except ValueError as error:
-        raise ValueError(f"the blocks of {type(model).__name__} were not found: {error}") from error
-    if found is None:
-        raise ValueError(f"{type(model).__name__} has no list of blocks that its configuration counts")
-    return found
 
 
 def _holds(module: nn.Module, condition: Condition) -> bool:
