@@ -173,8 +173,8 @@ def _parts(
     condition: Values | None,
 ) -> tuple[str, str, dict[str, str], dict[str, str]]:
     """Return the title, the figures, and the sections before and after the notes."""
-    recovered = "" if recovery is None else _recovery(folder / "recovery.png", recovery)
     if condition is None:
+        recovered = "" if recovery is None else _recovery(folder / "recovery.png", recovery)
         title, figures = "Pruning report", cards(report, evaluations)
         first = {"Before and after": before_after(report, evaluations), "Recovery": recovered}
         last = {
@@ -184,7 +184,7 @@ def _parts(
         }
     else:
         title, figures = "Conditioning report", cards(report, evaluations, figures=condition_figures(condition))
-        first = {"Evaluations": evaluations_table(evaluations, has_sparsity=False), "Recovery": recovered}
+        first = {"Evaluations": evaluations_table(evaluations, has_sparsity=False)}
         losses = [{key: value for key, value in entry.items() if key != "sparsity"} for entry in history]
         last = {
             **condition_sections(folder, condition),
@@ -216,7 +216,7 @@ def write_report(
         recipe_text: the recipe as YAML.
         notes: what a reader must know; those of the report are added.
         versions: name -> version; those of the installed packages if left out.
-        recovery: `RecoveryReport.as_dict()`; None where nothing was recovered, and the page does not speak of it.
+        recovery: `RecoveryReport.as_dict()`; None where nothing was recovered; not on the page of a condition.
         condition: what `condition_sections` shows, on a page that does not speak of sparsity; None for other models.
 
     Returns:

@@ -14,7 +14,7 @@ from lightning_prune.report_condition_plots import (
     draw_quality,
 )
 from lightning_prune.report_plots import DARK, LIGHT
-from tests.test_report_page import EVALUATIONS, HISTORY, write
+from tests.test_report_page import EVALUATIONS, HISTORY, recovery_report, write
 
 MEASUREMENTS = [
     {"step": 10, "overlap": 0.9, "score_spread": 0.1, "swap_cost": 0.0, "by_group": [0.8, 1.0]},
@@ -96,8 +96,8 @@ def test_the_page_shows_units_losses_and_times(tmp_path):
 
 
 def test_the_page_does_not_speak_of_what_was_not_pruned(tmp_path):
-    page = write(tmp_path, condition=CONDITION, evaluations=EVALUATIONS[1:])
-    for word in ("Sparsity", "pruning,", "Non-zero", "Targets", "weights are zero"):
+    page = write(tmp_path, condition=CONDITION, evaluations=EVALUATIONS[1:], recovery=recovery_report())
+    for word in ("Sparsity", "pruning,", "Recovery", "Non-zero", "Targets", "weights are zero"):
         assert word not in page.text
     assert page.row("after")[0] == "600"
     assert "Conditioning report" in page.text

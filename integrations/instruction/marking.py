@@ -56,7 +56,7 @@ def mark_calls(model: nn.Module, reads: Reads) -> RemovableHandle:
         _mark(batch, reads)
         return (), batch
 
-    return model.register_forward_pre_hook(mark, with_kwargs=True, prepend=True)
+    return model.register_forward_pre_hook(torch.compiler.disable(mark), with_kwargs=True, prepend=True)
 
 
 def _mark(batch: Any, reads: Reads) -> None:
