@@ -50,7 +50,7 @@ MUTATIONS = (
     Mutation(
         "a cache keeps the masks it was filled under",
         f"{CONDITIONAL}/instruction.py",
-        "            setattr(found, _CACHE_MARK, masks)",
+        "            marked_cache.mark(found, masks)",
         "            pass",
         f"{INSTRUCTION} -k generation",
     ),
@@ -127,8 +127,8 @@ MUTATIONS = (
     Mutation(
         "batches whose labels are taken away are marked",
         f"{ADAPTERS}/marking.py",
-        '            batch["instruction_mask"] =',
-        "            unused =",
+        '        batch["instruction_mask"] =',
+        "        unused =",
         f"{RUN} -k mark",
     ),
     Mutation(

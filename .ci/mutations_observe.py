@@ -154,7 +154,7 @@ MUTATIONS = (
     Mutation(
         "an interruption leaves the weights as they were",
         f"{CORE}/oneshot.py",
-        "                    weight[gone] = values.to(weight.device)",
+        "                    weight[~mask] = values.to(weight.device)",
         "                    pass",
         f"{TESTS}/test_oneshot.py -k interruption",
     ),

@@ -8,7 +8,7 @@ MUTATIONS = (
     Mutation(
         "what a mask multiplies is folded into the readers of gathered units",
         f"{CORE}/sub_model.py",
-        "scale_P if is_scaled and last.is_reader else None",
+        "scale_P if is_scaled and place.is_reader else None",
         "None",
         f"{CORE_TESTS}/test_sub_model.py -k computes_what",
     ),
@@ -25,13 +25,6 @@ MUTATIONS = (
         "gathered[name] if name in gathered else tensors[name].detach()",
         "gathered[name] if name in gathered else tensors[name].detach().clone()",
         f"{CORE_TESTS}/test_sub_model.py -k parents_own",
-    ),
-    Mutation(
-        "gathering into an earlier model uses its memory",
-        f"{CORE}/sub_model.py",
-        "            target = out.t() if is_turned else out\n",
-        "            target = (out.t() if is_turned else out).clone()\n",
-        f"{CORE_TESTS}/test_sub_model.py -k memory_of",
     ),
     Mutation(
         "a sub-model refuses the key/value cache of another",
