@@ -7,7 +7,7 @@ with the same batches, rate and number of steps. Loss: held-out text of all kind
 
 dense         all units
 conditioned   the predictor's units, `Instruction` as the recipe `instruction/sft` has it
-Wanda         one mask by Wanda over all kinds, then trained: the strongest fixed choice
+Wanda         one mask by Wanda over all kinds, then trained
 static        one mask that is learned: the same head without input, started from the same importance
 Taylor        one mask by first-order importance over all kinds, then trained
 magnitude     one mask by the norms of the weights, then trained
