@@ -196,14 +196,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a model teaches itself as it was before it was conditioned",
-        "integrations/pruning_run.py",
+        "integrations/runs/pruning_run.py",
         "                self.recovery.copy_teacher(language_model(module))",
         "                pass",
         f"{TAUGHT} -k teacher_self",
     ),
     Mutation(
         "what a condition does not go with is refused beside it",
-        "lightning_prune/recipe.py",
+        "lightning_prune/recipe/recipe.py",
         "            if getattr(recover, name):",
         "            if False:",
         f"{TAUGHT} -k refused",

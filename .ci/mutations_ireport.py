@@ -4,9 +4,9 @@ from mutation import Mutation
 
 RECORD = "integrations/instruction/record.py"
 RECORDED = "tests/integrations/instruction/test_record.py"
-SECTIONS = "lightning_prune/report_condition.py"
-PLOTS = "lightning_prune/report_condition_plots.py"
-SHOWN = "tests/test_report_condition.py"
+SECTIONS = "lightning_prune/report/condition.py"
+PLOTS = "lightning_prune/report/condition_plots.py"
+SHOWN = "tests/report/test_condition.py"
 MUTATIONS = (
     Mutation(
         "a measurement takes the place of those that a resume repeats",
@@ -73,16 +73,16 @@ MUTATIONS = (
     ),
     Mutation(
         "the page of a condition does not speak of sparsity",
-        "lightning_prune/report_page.py",
+        "lightning_prune/report/page.py",
         "has_sparsity=False",
         "has_sparsity=True",
         f"{SHOWN} -k not_pruned",
     ),
     Mutation(
         "tasks are written before they are looked for",
-        "integrations/lightning_cli.py",
+        "integrations/trainers/lightning_cli.py",
         "            self.datamodule.write_tasks()",
         "            pass",
-        "tests/integrations/test_lightning_cli.py -k held_out_text",
+        "tests/integrations/trainers/test_lightning_cli.py -k held_out_text",
     ),
 )

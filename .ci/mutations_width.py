@@ -83,17 +83,17 @@ MUTATIONS = (
     ),
     Mutation(
         "the tokenizer of a folder with shapes per block opens without its code",
-        "integrations/per_layer_model.py",
+        "integrations/per_layer/per_layer_model.py",
         "                values |= dict.fromkeys(_SHARING)",
         "                pass",
-        "tests/integrations/test_per_layer_export.py -k tokenizer_opens",
+        "tests/integrations/per_layer/test_per_layer_export.py -k tokenizer_opens",
     ),
     Mutation(
         "no stock class invents weights for blocks that share",
-        "integrations/per_layer_model.py",
+        "integrations/per_layer/per_layer_model.py",
         '                fields[names.get("num_attention_heads", "num_attention_heads")] = None',
         "                pass",
-        "tests/integrations/test_per_layer_export.py -k tokenizer_opens",
+        "tests/integrations/per_layer/test_per_layer_export.py -k tokenizer_opens",
     ),
     Mutation(
         "a changed character of a plan is noticed",
@@ -160,16 +160,16 @@ MUTATIONS = (
     ),
     Mutation(
         "shapes and shares per block are proven over more tokens than a window",
-        "integrations/per_layer_build.py",
+        "integrations/per_layer/per_layer_build.py",
         "    batches = probes(model, inputs)",
         "    batches = probes(model, inputs)[:1]",
-        "tests/integrations/test_per_layer_model.py -k more_tokens",
+        "tests/integrations/per_layer/test_per_layer_model.py -k more_tokens",
     ),
     Mutation(
         "all that is shared is proven",
-        "integrations/per_layer_share.py",
+        "integrations/per_layer/per_layer_share.py",
         "    for batch, tensor in zip(batches, expected, strict=True):",
         "    for batch, tensor in zip(batches[:1], expected[:1], strict=True):",
-        "tests/integrations/test_per_layer_model.py -k more_tokens",
+        "tests/integrations/per_layer/test_per_layer_model.py -k more_tokens",
     ),
 )

@@ -34,7 +34,7 @@ from tiny_causal_lms import Unbuildable, architectures, build, token_ids
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_prune.calibration import evaluating
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Group, Plan
 from lightning_prune.structured.shrink import masked, shrink

@@ -16,7 +16,7 @@ from quality_unstructured import NUM_CHARACTERS, REFERENCE, WINDOW, perplexity, 
 from transformers import AutoTokenizer
 
 from lightning_prune import Once, Sparsifier
-from lightning_prune.integrations.calibration_text import Text
+from lightning_prune.integrations.text.calibration_text import Text
 from lightning_prune.scorers.wanda import Wanda
 
 NAME, MODEL, SPARSITY = "calibration_text", "stories3M", 0.5

@@ -23,7 +23,7 @@ from measure import PeakBytes, block_weights, limit, live_bytes, print_table, wr
 from step_overhead import prepare
 from training import SPARSITY, Shape, Variant
 
-from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.conductor.sparsifier import Sparsifier
 
 SHAPE = Shape(
     width=512, ffn=1408, num_layers=7, num_heads=8, vocab=4096, device=torch.device("cpu"), dtype=torch.float32

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_prune.whole_file import written_aside
+from lightning_prune.base.whole_file import written_aside
 
 disable_progress_bar()
 

@@ -35,9 +35,9 @@ from measure import (
 )
 from torch import Tensor, nn
 
+from lightning_prune.conductor.sparsifier import Sparsifier
 from lightning_prune.schedules import Once
 from lightning_prune.scorers.wanda import Wanda
-from lightning_prune.sparsifier import Sparsifier
 
 NUM_SEQUENCES = 32
 LENGTH = 256

@@ -42,8 +42,8 @@ from instruction_arms import ARM_RATE, ARMS, BATCH, PARENTS, Bench, Row
 from instruction_tasks import TASKS
 from measure import RESULTS, limit, machine, print_table, write_result
 
-from lightning_prune.recipe import Recipe
-from lightning_prune.report_page import write_report
+from lightning_prune.recipe.recipe import Recipe
+from lightning_prune.report.page import write_report
 
 NAME = "quality_instruction"
 ARM_STEPS = 300

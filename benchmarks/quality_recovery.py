@@ -36,9 +36,9 @@ from quality_unstructured import NUM_CHARACTERS, REFERENCE, START, WINDOW, perpl
 from recovery_methods import BASES, GRIDS, LORA, METHODS, SHARE, Base, Method, make_base
 from torch import Tensor, nn
 
+from lightning_prune.base.whole_file import written_aside
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.structure import Structure
-from lightning_prune.whole_file import written_aside
 
 NAME = "quality_recovery_stories3M"
 MODEL = "stories3M"

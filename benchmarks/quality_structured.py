@@ -36,9 +36,9 @@ from structured_methods import HEAD_SHARE, METHODS, MULTIPLE, NUM_SEARCH, Pruned
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune.base.whole_file import written_aside
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.structure import Structure
-from lightning_prune.whole_file import written_aside
 
 NAME = "quality_structured_stories3M"
 MODEL = "stories3M"

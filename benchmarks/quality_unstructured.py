@@ -27,6 +27,8 @@ from lightning_prune.allocations.erdos_renyi import ErdosRenyi
 from lightning_prune.allocations.global_rank import GlobalRank
 from lightning_prune.allocations.owl import OWL
 from lightning_prune.allocations.uniform import Uniform
+from lightning_prune.base.types import Allocation, Granularity, Scorer
+from lightning_prune.conductor.sparsifier import Sparsifier
 from lightning_prune.granularity import NM, Unstructured
 from lightning_prune.schedules import Cubic, Once
 from lightning_prune.scorers.gradient import Gradient
@@ -35,8 +37,6 @@ from lightning_prune.scorers.movement import Movement
 from lightning_prune.scorers.random import Random
 from lightning_prune.scorers.taylor import Taylor
 from lightning_prune.scorers.wanda import Wanda
-from lightning_prune.sparsifier import Sparsifier
-from lightning_prune.types import Allocation, Granularity, Scorer
 
 WINDOW = 256
 START = 1

@@ -16,18 +16,18 @@ import torch
 from structured_methods import Task, width
 from torch import Tensor, nn
 
+from lightning_prune.base.types import Granularity
+from lightning_prune.conductor.sparsifier import Sparsifier
 from lightning_prune.granularity import NM, Unstructured
-from lightning_prune.integrations.peft_layers import LoraForm
-from lightning_prune.integrations.peft_lora import add_lora
-from lightning_prune.integrations.peft_merge import merge
+from lightning_prune.integrations.lora.peft_layers import LoraForm
+from lightning_prune.integrations.lora.peft_lora import add_lora
+from lightning_prune.integrations.lora.peft_merge import merge
 from lightning_prune.recovery.distill import Distill, Distiller
 from lightning_prune.recovery.reconstruct import reconstruct
 from lightning_prune.recovery.retrain import Part, choose_trainable, parameters_of_part
 from lightning_prune.schedules import Existing, Once
 from lightning_prune.scorers.wanda import Wanda
-from lightning_prune.sparsifier import Sparsifier
 from lightning_prune.structured.structure import Structure
-from lightning_prune.types import Granularity
 
 RANK = 7  # all linear layers of stories3M at rank 7 are 4.5 % of its parameters
 LORA = {"r": RANK, "lora_alpha": 2 * RANK}

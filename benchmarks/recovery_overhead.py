@@ -39,12 +39,12 @@ from step_overhead import take_turns
 from torch import Tensor, nn
 from training import Variant
 
-from lightning_prune.integrations.peft_layers import LoraForm
-from lightning_prune.integrations.peft_lora import add_lora
+from lightning_prune.conductor.sparsifier import Sparsifier
+from lightning_prune.integrations.lora.peft_layers import LoraForm
+from lightning_prune.integrations.lora.peft_lora import add_lora
 from lightning_prune.recovery.distill import Distill, Distiller
 from lightning_prune.schedules import Once
-from lightning_prune.sparsifier import Sparsifier
-from lightning_prune.targets import Targets
+from lightning_prune.targets.targets import Targets
 
 SPARSITY = 0.5
 TOP_K = 100  # arXiv 2407.14679: fewer cost quality

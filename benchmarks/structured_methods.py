@@ -38,7 +38,7 @@ from lightning_prune.structured.width.method import Width
 from lightning_prune.structured.width.rotate import rotate_and_slice
 from lightning_prune.structured.width.subclone import apply_subclone, subclone
 from lightning_prune.structured.width.unit_scores import Reduction
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 MULTIPLE = 8
 NUM_SEARCH = 4  # calibration sequences of the greedy searches, which read them up to a hundred times

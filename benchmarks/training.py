@@ -15,11 +15,11 @@ from measure import block_weights, random_llama
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from lightning_prune.base.types import Scorer
+from lightning_prune.conductor.sparsifier import Sparsifier
 from lightning_prune.schedules import Linear, Once
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.taylor import Taylor
-from lightning_prune.sparsifier import Sparsifier
-from lightning_prune.types import Scorer
 
 SPARSITY = 0.5
 INTERVAL = 10

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_prune.types import Granularity, Scope
+from lightning_prune.base.types import Granularity, Scope
 
 __all__ = ["NM", "Block", "Channel", "Unstructured", "num_kept"]
 

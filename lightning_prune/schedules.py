@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
-from lightning_prune.types import Schedule
+from lightning_prune.base.types import Schedule
 
 __all__ = ["Cosine", "Cubic", "Existing", "Geometric", "Linear", "Once", "Ramp", "moment_to_step"]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_prune.recipe import Recipe
-from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.conductor.sparsifier import Sparsifier
+from lightning_prune.recipe.recipe import Recipe
 from tests.tiny_models import tiny_llama, token_windows
 
 NUM_STEPS = 12

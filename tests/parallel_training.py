@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_prune import distributed
-from lightning_prune.masks import unpack
-from lightning_prune.recipe import Recipe
-from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.base import distributed
+from lightning_prune.base.masks import unpack
+from lightning_prune.conductor.sparsifier import Sparsifier
+from lightning_prune.recipe.recipe import Recipe
 from tests.tiny_models import VOCAB, token_windows
 
 WIDTH = 16

@@ -28,7 +28,7 @@ VALUES: tuple[Any, ...] = (
     "Wanda",
     "no.such.Class",
     "os.system",
-    "lightning_prune.types.Scorer",
+    "lightning_prune.base.types.Scorer",
     [],
     [None],
     [1, [2]],

@@ -1,6 +1,8 @@
 """Check the shape of the repository from the syntax tree: floors, rooms, who may import what."""
 
 import ast
+import graphlib
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,175 +15,46 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_prune"
 ADAPTERS = ROOT / "integrations"
 
-# The floors of a room or file; a number between two floors is a file that belongs to the one above and serves it.
-FLOORS: dict[str, float] = {
-    "types": 0,
-    "statistic": 0,
-    "names": 0,
-    "whole_file": 0,
-    "bounds": 0,
-    "distributed": 0,
-    "granularity": 1,
-    "schedules": 1,
-    "layouts": 0.5,
-    "layers": 0.6,
-    "reparametrized": 0.5,
-    "stacks": 0.7,
-    "blocks": 0.7,
-    "binding": 0.8,
-    "choice": 0.8,
-    "targets": 1,
-    "padding": 1,
-    "calls": 1.5,
-    "masks": 1,
-    "registry": 1,
-    "guard": 1,
-    "recipe_yaml": 1,
-    "scorers": 2,
-    "allocations": 2,
-    "solvers": 2,
-    "predictors": 2,
-    "conditional": 3.6,
-    "conditional.method": 3.5,
-    "conditional.task_units": 3.65,
-    "predictors.mask_predictor": 2.4,
-    "predictors.proof": 3.2,
-    "predictors.generation": 2.3,
-    "predictors.marked_cache": 2.3,
-    "predictors.sub_model": 3.2,
-    "predictors.task_scores": 2.4,
-    "predictors.unit_masks": 2.1,
-    "predictors.unit_importance": 2.3,
-    "predictors.head": 2.2,
-    "conditional.decoder_call": 3.4,
-    "conditional.stand_in": 3.4,
-    "conditional.readout": 3.4,
-    "conditional.agreement": 3.4,
-    "conditional.imitation": 3.4,
-    "conditional.sparse_block": 3.5,
-    "conditional.sparse_trial": 3.55,
-    "conditional.token_router": 3.55,
-    "conditional.block_calls": 3.55,
-    "conditional.routed_ffn": 3.57,
-    "conditional.chosen_tokens": 3.56,
-    "statistics": 2,
-    "kernels": 2,
-    "structured": 4.4,
-    "structured.discovery": 2,
-    "structured.depth": 3,
-    "structured.width": 3,
-    "calibration": 3,
-    "closing_notes": 2,
-    "decision": 3,
-    "fitting": 3,
-    "start_line": 2,
-    "ties": 2,
-    "chosen_masks": 3.4,
-    "export.folder": 3,
-    "held_masks": 3,
-    "hooks": 2,
-    "guarding": 3.6,
-    "optimizer_steps": 2,
-    "progress": 3.5,
-    "promised_zeros": 2,
-    "observation": 3,
-    "loss_gradients": 3.3,
-    "oneshot": 3.5,
-    "report_plots": 2,
-    "report_tables": 2,
-    "report_pictures": 2.1,
-    "report_condition_plots": 2.1,
-    "report_condition": 2.2,
-    "saved_state": 2,
-    "structured.groups": 1,
-    "structured.undo": 1,
-    "structured.discovery.blueprint": 2,
-    "structured.discovery.expert_mask": 2,
-    "structured.discovery.routing": 3.2,
-    "structured.cutting": 2,
-    "structured.discovery.roles": 2,
-    "structured.structure": 2,
-    "structured.discovery.fields": 2.1,
-    "structured.discovery.layouts": 2.1,
-    "structured.discovery.compensation": 2.1,
-    "structured.discovery.proposals": 2.2,
-    "structured.width.norm_readers": 3.15,
-    "structured.width.target_shape": 3.15,
-    "structured.discovery.probe": 3.1,
-    "structured.discovery.probe_inputs": 3.11,
-    "structured.discovery.precision": 3.15,
-    "structured.discovery.lists": 2.1,
-    "structured.build": 3.1,
-    "structured.discovery.stack": 3.2,
-    "structured.discovery.sample": 3.25,
-    "structured.discovery.discover": 3.3,
-    "structured.shrink": 3.4,
-    "structured.in_place": 3.5,
-    "structured.from_zeros": 2.1,
-    "structured.overview": 2.1,
-    "structured.cut_zeros": 4.2,
-    "structured.width.method": 4.1,
-    "recipe_sections": 4.5,
-    "recipe_values": 4.4,
-    "cli_options": 4.5,
-    "cli_overrides": 4.5,
-    "structured.method": 2.3,
-    "structured.gradual": 3.6,
-    "structured.depth.search": 3.1,
-    "structured.depth.bypass": 3.1,
-    "structured.depth.criteria": 3.1,
-    "structured.depth.influence": 3.2,
-    "structured.depth.alike": 3.1,
-    "structured.depth.fusing": 3.2,
-    "structured.depth.shared_block": 3.1,
-    "structured.depth.group_replay": 3.2,
-    "structured.depth.candidates": 3.2,
-    "structured.width.unit_scores": 3.2,
-    "structured.cost": 3.25,
-    "structured.width.budgets": 3.2,
-    "structured.depth.planning": 3.3,
-    "structured.depth.methods": 3.4,
-    "structured.depth.multipruner": 3.4,
-    "structured.depth.replace": 3.4,
-    "structured.depth.fuse": 3.4,
-    "structured.depth.share": 3.4,
-    "structured.width.options": 3.4,
-    "structured.width.repair": 3.45,
-    "structured.width.expert_usage": 3.45,
-    "structured.width.block_by_block": 4,
-    "structured.width.reader_repair": 4,
-    "structured.width.rotate": 4.1,
-    "structured.width.subclone": 4.1,
-    "structured.width.low_rank": 4.1,
-    "report": 3,
-    "report_page": 3,
-    "sparsifier": 4,
-    "recovery.divergences": 2,
-    "recovery.matching": 2,
-    "recovery.teacher": 2,
-    "recovery.student_call": 2,
-    "recovery.token_loss": 2.1,
-    "recovery.logit_cache": 2.2,
-    "recovery.passages": 2.1,
-    "recovery.distill_options": 2.3,
-    "recovery.reconstruct_options": 2,
-    "recovery.lora_options": 4.45,
-    "recovery.teacher_targets": 3,
-    "recovery": 4,
-    "recovery.reading_order": 3,
-    "recovery.refit": 3.6,
-    "recovery.twins": 3.5,
-    "recovery.learning_rate": 3,
-    "export": 4,
-    "recipe": 5,
-    "cli": 5,
-    "integrations": 6,
-}
+# A room imports itself and the rooms before it.
+ROOMS = (
+    "base",
+    "granularity",
+    "schedules",
+    "allocations",
+    "targets",
+    "calibration",
+    "statistics",
+    "scorers",
+    "solvers",
+    "report",
+    "structured",
+    "predictors",
+    "recovery",
+    "conditional",
+    "conductor",
+    "kernels",
+    "export",
+    "recipe",
+    "cli",
+    "integrations.models",
+    "integrations.text",
+    "integrations.evaluation",
+    "integrations.lora",
+    "integrations.per_layer",
+    "integrations.instruction",
+    "integrations.runs",
+    "integrations.trainers",
+    "integrations.folders",
+    "integrations.demo",
+    "integrations.programs",
+)
+# One method a file: these know nothing of each other.
+SIBLINGS = {"allocations", "scorers", "solvers", "statistics"}
 CORE_NEEDS = {"torch", "torchmetrics", "jsonargparse", "yaml", "tqdm"}
 # Optional needs of the core, imported inside the function that uses them.
 LAZY_NEEDS = {
-    "report_plots": {"matplotlib"},
-    "report_condition_plots": {"matplotlib"},
+    "report.plots": {"matplotlib"},
+    "report.condition_plots": {"matplotlib"},
     "export.dense": {"safetensors"},
     "export.read_back": {"safetensors"},
 }
@@ -217,13 +90,10 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def floor_of(name: str) -> float | None:
+def room_of(name: str) -> str:
+    """Return the room that a module stands in."""
     parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        floor = FLOORS.get(".".join(parts[:length]))
-        if floor is not None:
-            return floor
-    return None
+    return ".".join(parts[:2]) if parts[0] == "integrations" else parts[0]
 
 
 def is_module(name: str) -> bool:
@@ -254,23 +124,23 @@ def imports(path: Path) -> Iterator[Imported]:
 
 
 def breaches(path: Path) -> list[str]:
-    """List the imports of one file that do not point down."""
+    """List the imports of one file that do not point to its own room or to one before it."""
     name = name_of(path)
-    floor = floor_of(name)
-    if name in ("", "__main__"):
-        floor = 7
-    assert floor is not None, f"{path} has no floor; add its room to FLOORS"
+    room = room_of(name)
+    if room in ("", "__main__"):
+        return []
+    assert room in ROOMS, f"{path} stands in no room; add its room to ROOMS"
     wrong = []
     for item in imports(path):
         root, _, inner = item.module.partition(".")
-        if root != "lightning_prune":
+        if root != "lightning_prune" or not inner:
             continue
-        target = floor_of(inner) if inner else 7
-        assert target is not None, f"{path}:{item.line}: {item.module} has no floor"
-        is_door = name == "cli" and item.is_lazy and target >= floor
-        is_sideways_adapter = floor == 6 and target == 6
-        if target >= floor and not is_door and not is_sideways_adapter:
-            wrong.append(f"{path.relative_to(ROOT)}:{item.line} (floor {floor}) imports {item.module} (floor {target})")
+        other = room_of(inner)
+        assert other in ROOMS, f"{path}:{item.line}: {item.module} stands in no room"
+        is_door = room == "cli" and item.is_lazy
+        is_sideways = other == room and room in SIBLINGS and inner != room
+        if not is_door and (is_sideways or ROOMS.index(other) > ROOMS.index(room)):
+            wrong.append(f"{path.relative_to(ROOT)}:{item.line} ({room}) imports {item.module} ({other})")
     return wrong
 
 
@@ -279,19 +149,40 @@ def test_imports_point_down(path: Path) -> None:
     assert breaches(path) == []
 
 
-def test_floors_notice_an_upward_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_needs_itself() -> None:
+    graph = {}
+    for path in library_files() + adapter_files():
+        at_once = (item.module for item in imports(path) if not item.is_lazy)
+        graph[name_of(path)] = {module.removeprefix("lightning_prune.") for module in at_once} - {"lightning_prune"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises where there is a cycle
+
+
+def test_rooms_notice_an_upward_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scorers").mkdir()
     bad = tmp_path / "scorers" / "bad.py"
-    bad.write_text("from lightning_prune.sparsifier import Sparsifier\n")
+    bad.write_text("from lightning_prune.conductor.sparsifier import Sparsifier\n")
     sideways = tmp_path / "scorers" / "sideways.py"
     sideways.write_text("from lightning_prune.scorers.bad import x\n")
     good = tmp_path / "scorers" / "good.py"
-    good.write_text("from lightning_prune.types import Scorer\n")
+    good.write_text("from lightning_prune.base.types import Scorer\n")
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert len(breaches(bad)) == 1
     assert len(breaches(sideways)) == 1
     assert breaches(good) == []
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "lightning_trainer", "peft_lora", "text_data"])
+def test_an_adapter_is_found_by_its_file_alone(name: str) -> None:
+    found = importlib.import_module(f"lightning_prune.integrations.{name}")
+    assert room_of(found.__name__.removeprefix("lightning_prune.")) in ROOMS
+    assert found is importlib.import_module(found.__name__)
+    assert getattr(found.__spec__, "name", None) == found.__name__
+
+
+def test_an_adapter_that_is_not_there_is_missed_as_usual() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"integrations\.no_such_file"):
+        importlib.import_module("lightning_prune.integrations.no_such_file")
 
 
 def test_core_needs_nothing_else() -> None:
@@ -315,7 +206,7 @@ def test_trainers_stay_in_integrations() -> None:
 
 def test_process_groups_are_known_in_one_file() -> None:
     for path in library_files() + adapter_files():
-        if path == PACKAGE / "distributed.py":
+        if path == PACKAGE / "base" / "distributed.py":
             continue
         for item in imports(path):
             assert not item.module.startswith("torch.distributed"), f"{path}:{item.line} imports {item.module}"
@@ -367,9 +258,9 @@ def imported_by(statements: str) -> tuple[set[str], int]:
 
 def test_the_command_line_answers_before_anything_slow_is_imported() -> None:
     answer = (
-        "import lightning_prune.cli, lightning_prune.integrations\n"
+        "import lightning_prune.cli.command, lightning_prune.integrations\n"
         "for arguments in (['--help'], ['oneshot', '--help'], ['--version']):\n"
-        "    try: lightning_prune.cli.main(arguments)\n"
+        "    try: lightning_prune.cli.command.main(arguments)\n"
         "    except SystemExit as ended: assert ended.code == 0"
     )
     found, number = imported_by(answer)
@@ -383,7 +274,7 @@ def test_a_recipe_imports_torch_and_nothing_slow_beside_it() -> None:
     own = (
         "import torch, torch.distributed.tensor\n"
         "before = set(sys.modules)\n"
-        "import lightning_prune.recipe\n"
+        "import lightning_prune.recipe.recipe\n"
         "new = {name for name in set(sys.modules) - before if name.split('.')[0] != 'torch'}\n"
         "assert len(new) < 170, sorted(new)"
     )

@@ -18,9 +18,11 @@ from torch import nn
 
 import lightning_prune
 import lightning_prune.structured
-from lightning_prune import Once, Recipe, Sparsifier, cli, cli_overrides
-from lightning_prune.chosen_masks import choose
-from lightning_prune.recipe import packaged_recipes
+from lightning_prune import Once, Recipe, Sparsifier
+from lightning_prune.cli import command as cli
+from lightning_prune.cli import overrides as cli_overrides
+from lightning_prune.conductor.chosen_masks import choose
+from lightning_prune.recipe.recipe import packaged_recipes
 from tests.tiny_models import TokenDataset, tiny_llama, tiny_mlp, token_windows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,9 +292,10 @@ def test_a_walk_follows_the_source(arrow: Arrow) -> None:
 
 
 def test_a_step_goes_in_the_order_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_prune import hooks, sparsifier
-    from lightning_prune.held_masks import HeldMasks
-    from lightning_prune.observation import Observation
+    from lightning_prune.calibration import hooks
+    from lightning_prune.calibration.observation import Observation
+    from lightning_prune.conductor import sparsifier
+    from lightning_prune.conductor.held_masks import HeldMasks
 
     seen: list[str] = []
 

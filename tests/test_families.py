@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Cubic, Once, Sparsifier, Targets
+from lightning_prune.base.types import Scorer
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.taylor import Taylor
 from lightning_prune.scorers.wanda import Wanda
-from lightning_prune.types import Scorer
 from tests.tiny_models import STACKS_EXPERTS, needs_stacked_experts, tiny_family, tiny_mlp, token_windows
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen3_moe", "t5", "bert"]

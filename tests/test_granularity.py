@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune import NM, Block, Once, Sparsifier, Targets, Unstructured, masks
+from lightning_prune import NM, Block, Once, Sparsifier, Targets, Unstructured
+from lightning_prune.base import masks
+from lightning_prune.base.types import Granularity, Scope
 from lightning_prune.granularity import Channel, num_kept
 from lightning_prune.scorers.magnitude import Magnitude
-from lightning_prune.types import Granularity, Scope
 from tests.tiny_models import tiny_mlp
 
 

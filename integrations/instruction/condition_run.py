@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
+from lightning_prune.calibration.hooks import unwrap_optimizer
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition
 from lightning_prune.conditional.method import Condition, ConditionMethod
-from lightning_prune.hooks import unwrap_optimizer
 from lightning_prune.integrations.instruction.added_loss import AddedLoss
 from lightning_prune.integrations.instruction.insertion import base_model, insert
 from lightning_prune.integrations.instruction.marking import MarkingCollator
 from lightning_prune.integrations.instruction.rates import take_in
 from lightning_prune.integrations.instruction.record import ConditionRecord, joined
-from lightning_prune.integrations.language_model import language_model
+from lightning_prune.integrations.models.language_model import language_model
 from lightning_prune.predictors.collapse import Conditioning
 
 __all__ = ["Batches", "ConditionRun"]
@@ -271,7 +271,7 @@ class ConditionRun:
         """Write the model and what was added into a new folder; options are those of `folder.save_conditional`."""
         assert self.condition is not None
         if getattr(model, "peft_config", None):
-            merging = importlib.import_module("lightning_prune.integrations.peft_merge")
+            merging = importlib.import_module("lightning_prune.integrations.lora.peft_merge")
             options["state"] = merging.merged_state(model, options["state"])
         logger.info("exported: %s", _saving().save_conditional(self.condition, folder, **options))
 

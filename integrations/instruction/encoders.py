@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from lightning_prune.bounds import at_least
-from lightning_prune.integrations.hf_open import open_tokenizer
+from lightning_prune.base.bounds import at_least
+from lightning_prune.integrations.models.hf_open import open_tokenizer
 from lightning_prune.predictors.encoder import Encoder, InstructionEncoder, last_token, mean_tokens
 
 __all__ = ["Pretrained"]

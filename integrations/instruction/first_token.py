@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune import distributed
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.conditional.instruction import NAME, InstructionCondition
 from lightning_prune.predictors.sub_model import Selection, SubModels
 

@@ -20,11 +20,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_prune.base.plain_values import plain, read
 from lightning_prune.conditional.instruction import NAME, Instruction, InstructionCondition
 from lightning_prune.conditional.method import ConditionMethod
 from lightning_prune.export.huggingface import export_huggingface
-from lightning_prune.integrations.hf_open import load_model
-from lightning_prune.recipe_values import plain, read
+from lightning_prune.integrations.models.hf_open import load_model
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import check_seal, sealed
 from lightning_prune.structured.structure import Stack

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.conditional.instruction import NAME as PREDICTOR
 from lightning_prune.conditional.instruction import Instruction, InstructionCondition
 from lightning_prune.conditional.method import Condition, ConditionMethod

@@ -16,8 +16,8 @@ from lm_eval.api.instance import Instance
 from torch import Tensor, nn
 
 from lightning_prune.conditional.instruction import InstructionCondition
+from lightning_prune.integrations.evaluation.lm_eval_progress import OneBarHFLM
 from lightning_prune.integrations.instruction.request import padded, tokens_of
-from lightning_prune.integrations.lm_eval_progress import OneBarHFLM
 from lightning_prune.predictors.mask_predictor import MaskPredictor
 
 __all__ = ["ConditionedHFLM", "condition_of", "instructions_of"]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
+from lightning_prune.base.names import shorten
 from lightning_prune.conditional.instruction import NAME, InstructionCondition
 from lightning_prune.conditional.method import Condition
 from lightning_prune.integrations.instruction.first_token import first_token
-from lightning_prune.names import shorten
 from lightning_prune.predictors.collapse import Conditioning, overlaps
 from lightning_prune.structured.groups import Group
 

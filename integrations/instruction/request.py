@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.names import brief
+from lightning_prune.base.names import brief
 
 __all__ = ["padded", "tokens_of"]
 

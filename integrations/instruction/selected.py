@@ -7,11 +7,11 @@ from typing import Any
 from lightning_prune.export.folder import check_free
 from lightning_prune.export.huggingface import export_huggingface
 from lightning_prune.export.plan_note import num_parameters, plan_note
-from lightning_prune.integrations.hf_open import load_model
 from lightning_prune.integrations.instruction.folder import is_conditional
 from lightning_prune.integrations.instruction.serving import InstructionModel
 from lightning_prune.integrations.instruction.tasks import model_of_tasks
-from lightning_prune.integrations.text_documents import read_documents
+from lightning_prune.integrations.models.hf_open import load_model
+from lightning_prune.integrations.text.text_documents import read_documents
 from lightning_prune.predictors.budget import Budget
 
 __all__ = ["export_selected"]

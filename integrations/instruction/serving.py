@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
+from lightning_prune.base.names import unknown
 from lightning_prune.conditional.instruction import NAME, InstructionCondition
 from lightning_prune.integrations.instruction.folder import open_conditional, read_tasks, save_conditional
 from lightning_prune.integrations.instruction.request import padded, tokens_of
-from lightning_prune.names import unknown
 from lightning_prune.predictors.model_cache import ModelCache
 from lightning_prune.predictors.sub_model import Selection, SubModels
 

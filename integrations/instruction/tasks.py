@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
 from lightning_prune.conditional.task_units import TaskUnits
 from lightning_prune.export.folder import check_free
-from lightning_prune.integrations.hf_open import load_model
 from lightning_prune.integrations.instruction.folder import is_conditional
 from lightning_prune.integrations.instruction.request import padded
 from lightning_prune.integrations.instruction.serving import CACHE_BYTES, InstructionModel
-from lightning_prune.integrations.text_documents import read_documents
+from lightning_prune.integrations.models.hf_open import load_model
+from lightning_prune.integrations.text.text_documents import read_documents
 from lightning_prune.predictors.budget import Budget
 from lightning_prune.predictors.collapse import overlaps
 from lightning_prune.predictors.soft_top_k import kept
 from lightning_prune.predictors.task_scores import task_scores
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.structure import Stack
 
 __all__ = ["model_of_tasks", "read_task_texts", "run_tasks"]

@@ -8,7 +8,7 @@ Shapes: O output features, I input features.
 
 from dataclasses import dataclass
 
-from lightning_prune.types import Allocation, Ranking
+from lightning_prune.base.types import Allocation, Ranking
 
 __all__ = ["ErdosRenyi", "erdos_renyi_densities"]
 

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_prune.base.types import Allocation, Ranking
 from lightning_prune.granularity import num_kept
-from lightning_prune.types import Allocation, Ranking
 
 __all__ = ["GlobalRank"]
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_prune.types import Allocation, Ranking
+from lightning_prune.base.types import Allocation, Ranking
 
 __all__ = ["OWL", "block_of", "owl_densities"]
 

@@ -5,7 +5,7 @@ Source: the default of most papers, for example Sun et al., arXiv 2306.11695.
 
 from dataclasses import dataclass
 
-from lightning_prune.types import Allocation, Ranking
+from lightning_prune.base.types import Allocation, Ranking
 
 __all__ = ["Uniform"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import padding
+from lightning_prune.calibration import padding
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.depth.bypass import first_tensor
 from lightning_prune.structured.discovery.probe import difference, outputs, tolerance

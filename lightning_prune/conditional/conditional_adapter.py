@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune import layers as kinds
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 from lightning_prune.conditional.block_calls import (
     STATES,
     Block,
@@ -42,6 +41,7 @@ from lightning_prune.conditional.chosen_tokens import OnChosen, check_on_chosen
 from lightning_prune.conditional.method import ConditionMethod
 from lightning_prune.conditional.token_router import NEXT_TO_NOTHING, RoutedTokens, TokenRouter, check_share
 from lightning_prune.structured.structure import Stack
+from lightning_prune.targets import layers as kinds
 
 __all__ = ["Adapter", "ConditionalAdapter"]
 

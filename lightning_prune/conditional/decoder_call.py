@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune import padding
+from lightning_prune.calibration import padding
 from lightning_prune.structured.structure import Stack
 
 __all__ = ["DecoderCall", "Noted"]

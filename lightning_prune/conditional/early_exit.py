@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.conditional.agreement import NUM_BINS, count, threshold
 from lightning_prune.conditional.decoder_call import DecoderCall, Noted
 from lightning_prune.conditional.imitation import imitate

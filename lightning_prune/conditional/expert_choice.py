@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 from lightning_prune.conditional.block_calls import inserting, noting, register
 from lightning_prune.conditional.method import ConditionMethod
 from lightning_prune.conditional.routed_ffn import RoutedFFN, add_rows, ffn_parts

@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.predictors import marked_cache
 from lightning_prune.predictors.budget import Budget

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calibration import evaluating
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.depth.bypass import first_tensor
 from lightning_prune.structured.discovery.probe import difference, tolerance
 from lightning_prune.structured.discovery.probe_inputs import probe_inputs

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 from lightning_prune.conditional.decoder_call import DecoderCall
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.conditional.sparse_block import SparseBlock, mixed

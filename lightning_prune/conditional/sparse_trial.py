@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.conditional.sparse_block import SparseBlock
 from lightning_prune.structured.discovery.probe import difference, tolerance
 from lightning_prune.structured.discovery.probe_inputs import probe_inputs

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calls import in_backward
+from lightning_prune.calibration.calls import in_backward
 from lightning_prune.structured.discovery.probe import outputs
 from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.discovery.stack import blocks_of

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
-from lightning_prune.calls import in_backward
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
+from lightning_prune.calibration.calls import in_backward
 from lightning_prune.conditional.method import Condition
 from lightning_prune.predictors.soft_top_k import kept, soft_top_k
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.base.types import Report
 from lightning_prune.export.folder import new_folder, write_note
-from lightning_prune.types import Report
 
 __all__ = ["export_dense"]
 

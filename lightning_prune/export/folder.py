@@ -17,7 +17,7 @@ from os import PathLike, getpid
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.types import Report
+from lightning_prune.base.types import Report
 
 __all__ = [
     "NOTE_NAME",

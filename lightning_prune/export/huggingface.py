@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.base.types import Report
 from lightning_prune.export.folder import check_free, new_folder, write_note, write_plan_note
-from lightning_prune.types import Report
 
 __all__ = ["check_form", "check_huggingface", "export_huggingface"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_prune.targets import clean_name
-from lightning_prune.types import Report
+from lightning_prune.base.types import Report
+from lightning_prune.targets.targets import clean_name
 
 __all__ = ["zeros_lost"]
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 from lightning_prune.structured.groups import Group
 
 __all__ = ["Budget"]

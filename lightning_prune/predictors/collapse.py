@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
 
 __all__ = ["CollapseGuard", "Conditioning", "overlap", "overlaps"]
 

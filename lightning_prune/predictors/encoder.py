@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 
 __all__ = ["Blind", "Encoder", "Fresh", "InstructionEncoder", "OwnLayers", "last_token", "mean_tokens"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 
 __all__ = ["ScoreHead"]
 

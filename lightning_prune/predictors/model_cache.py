@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 
 __all__ = ["ModelCache"]
 

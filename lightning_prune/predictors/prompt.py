@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 
 __all__ = ["Prompt", "Reads"]
 

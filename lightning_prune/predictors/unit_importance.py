@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.predictors.head import ScoreHead, standardised
 from lightning_prune.predictors.unit_masks import columns_of_units, reader_of
 from lightning_prune.structured.groups import Group, Member

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
-from lightning_prune.calibration import evaluating, to_device
-from lightning_prune.loss_gradients import token_labels
+from lightning_prune.base import distributed
+from lightning_prune.calibration.loss_gradients import token_labels
+from lightning_prune.calibration.walk import evaluating, to_device
 
 __all__ = ["IGNORED", "measure_loss", "num_predicted"]
 

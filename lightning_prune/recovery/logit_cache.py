@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_prune.base.whole_file import written_aside
 from lightning_prune.recovery.passages import Passages, memory_of
 from lightning_prune.recovery.token_loss import TopTargets
-from lightning_prune.whole_file import written_aside
 
 __all__ = ["CacheHeader", "LogitCache", "Passages"]
 

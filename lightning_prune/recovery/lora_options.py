@@ -6,8 +6,8 @@ Source: the fields of `peft.LoraConfig` in PEFT 0.17 to 0.21, and the ranges tha
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from lightning_prune.names import unknown
-from lightning_prune.recipe_values import read
+from lightning_prune.base.names import unknown
+from lightning_prune.base.plain_values import read
 
 __all__ = ["FIELDS", "LoraForm", "check_lora"]
 

@@ -27,15 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed, hooks
-from lightning_prune.calibration import Batch, evaluating, forward_all, walk_blocks
-from lightning_prune.calls import Calls
+from lightning_prune.base import distributed
+from lightning_prune.calibration import hooks
+from lightning_prune.calibration.calls import Calls
+from lightning_prune.calibration.walk import Batch, evaluating, forward_all, walk_blocks
 from lightning_prune.recovery.reading_order import Stage, reading_order
 from lightning_prune.recovery.reconstruct_options import Reconstruct
 from lightning_prune.recovery.refit import DenseLayer, TargetError, bias_of, num_kept, refit_
 from lightning_prune.recovery.twins import PairedGram, Readings, Twins
 from lightning_prune.solvers.least_squares import MIN_TOKENS_PER_INPUT
-from lightning_prune.targets import Binding, Targets, clean_name, find_blocks, is_linear
+from lightning_prune.targets.targets import Binding, Targets, clean_name, find_blocks, is_linear
 
 __all__ = ["Reconstruct", "ReconstructionReport", "TargetError", "reconstruct"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_prune.recovery.twins import Readings
 from lightning_prune.solvers.masked_least_squares import bias_change, centred, damping_for, masked_least_squares
-from lightning_prune.targets import Binding
+from lightning_prune.targets.targets import Binding
 
 __all__ = ["DenseLayer", "TargetError", "bias_of", "num_kept", "refit_"]
 

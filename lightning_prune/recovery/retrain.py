@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from lightning_prune.targets import is_linear
+from lightning_prune.targets.targets import is_linear
 
 __all__ = ["Part", "Trainable", "choose_trainable", "count_trainable", "parameters_of_part"]
 

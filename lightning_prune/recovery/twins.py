@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration import Batch, to_device
-from lightning_prune.statistic import Statistic
+from lightning_prune.base.statistic import Statistic
+from lightning_prune.calibration.walk import Batch, to_device
 
 __all__ = ["PairedGram", "Readings", "Twins"]
 

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lightning_prune.types import Scope, Scorer, Stats, Target
+from lightning_prune.base.types import Scope, Scorer, Stats, Target
 
 __all__ = ["Activation", "Aggregate", "activation_score"]
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_prune.types import Scope, Scorer, Stats, Target
+from lightning_prune.base.types import Scope, Scorer, Stats, Target
 
 __all__ = ["Gradient"]
 

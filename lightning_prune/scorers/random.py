@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.types import Scope, Scorer, Stats, Target
+from lightning_prune.base.types import Scope, Scorer, Stats, Target
 
 __all__ = ["Random", "random_score"]
 

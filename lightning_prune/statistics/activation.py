@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_prune.statistic import Statistic
+from lightning_prune.base.statistic import Statistic
 
 __all__ = ["Activation"]
 

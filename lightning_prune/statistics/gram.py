@@ -11,7 +11,7 @@ Shapes: T tokens, I input features, J = I + 1.
 import torch
 from torch import Tensor
 
-from lightning_prune.statistic import Statistic
+from lightning_prune.base.statistic import Statistic
 
 __all__ = ["Gram"]
 

@@ -12,7 +12,7 @@ Shapes: T tokens, I input features.
 import torch
 from torch import Tensor
 
-from lightning_prune.statistic import Statistic
+from lightning_prune.base.statistic import Statistic
 
 __all__ = ["InputMoments"]
 

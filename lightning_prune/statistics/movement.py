@@ -7,7 +7,7 @@ Cost: one float32 number per weight while training.
 import torch
 from torch import Tensor
 
-from lightning_prune.statistic import Statistic
+from lightning_prune.base.statistic import Statistic
 
 __all__ = ["Movement"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.structured.cutting import Removal, cut_shape, cut_tensor, removal_of, scale_of, without_orphans
 from lightning_prune.structured.discovery.blueprint import Blueprint, Path, leaves
 from lightning_prune.structured.groups import Cut, Plan

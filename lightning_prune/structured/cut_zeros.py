@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.from_zeros import can_fall, plan_from_zeros
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.shrink import shrink
-from lightning_prune.targets import Binding
+from lightning_prune.targets.targets import Binding
 
 __all__ = ["check_masks_cut_units", "cut_zeros"]
 

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune import distributed, hooks
+from lightning_prune.base import distributed
+from lightning_prune.base.types import Schedule
+from lightning_prune.calibration import hooks
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Group, Kind, Plan
 from lightning_prune.structured.in_place import cut_in_place
@@ -27,7 +29,6 @@ from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.budgets import chosen, step_of, uniform
 from lightning_prune.structured.width.unit_scores import Reduction, unit_scores
-from lightning_prune.types import Schedule
 
 __all__ = ["GradualShrink", "fit_to_shapes"]
 

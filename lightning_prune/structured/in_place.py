@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed, hooks
+from lightning_prune.base import distributed
+from lightning_prune.calibration import hooks
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.cutting import Removal, cut_tensor, removal_of, without_orphans
 from lightning_prune.structured.discovery.blueprint import Blueprint

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_prune.decision import Decision
+from lightning_prune.base.types import Allocation
+from lightning_prune.conductor.decision import Decision
 from lightning_prune.granularity import Unstructured
-from lightning_prune.layouts import Stored
 from lightning_prune.scorers.magnitude import Magnitude
-from lightning_prune.targets import Binding
-from lightning_prune.types import Allocation
+from lightning_prune.targets.layouts import Stored
+from lightning_prune.targets.targets import Binding
 
 
 def ranking(scores: Mapping[str, Tensor], allocation: Allocation) -> Decision:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.conditional.instruction import Instruction, Predictor, Start
 from lightning_prune.predictors.budget import Budget
 from lightning_prune.predictors.prompt import Reads

@@ -11,9 +11,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_prune import NM, Block, Once, Sparsifier, Unstructured, registry
-from lightning_prune.targets import Targets
-from lightning_prune.types import Granularity, Scorer, Stats, Target
+from lightning_prune import NM, Block, Once, Sparsifier, Unstructured
+from lightning_prune.base import registry
+from lightning_prune.base.types import Granularity, Scorer, Stats, Target
+from lightning_prune.targets.targets import Targets
 from tests.loops import adamw, batches
 from tests.tiny_models import tiny_llama, token_windows
 
@@ -41,7 +42,7 @@ def seen(scorer: Scorer, dtype: torch.dtype = torch.float32, rows: int = 6, cols
 
 
 def test_all_files_are_found() -> None:
-    files = {path.stem for path in Path(inspect.getfile(Scorer)).with_name("scorers").glob("[!_]*.py")}
+    files = {path.stem for path in (Path(inspect.getfile(Scorer)).parents[1] / "scorers").glob("[!_]*.py")}
     assert {entry.name for entry in ENTRIES} == files
     assert len(ENTRIES) >= 6
 

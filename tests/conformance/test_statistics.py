@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from lightning_prune import registry
+from lightning_prune.base import registry
 
 
 @pytest.mark.parametrize("entry", registry.entries("statistics"), ids=lambda entry: entry.name)

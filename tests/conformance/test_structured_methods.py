@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.integrations.per_layer_build import build_per_layer
+from lightning_prune.integrations.per_layer.per_layer_build import build_per_layer
 from lightning_prune.scorers.activation import Activation
 from lightning_prune.scorers.fluctuation import Fluctuation
 from lightning_prune.scorers.magnitude import Magnitude

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_prune.base.types import Report, TargetReport
 from lightning_prune.export import folder as folders
 from lightning_prune.export.folder import (
     FolderTakenError,
@@ -16,7 +17,6 @@ from lightning_prune.export.folder import (
     write_note,
     write_plan_note,
 )
-from lightning_prune.types import Report, TargetReport
 
 REPORT = Report(
     step=4,

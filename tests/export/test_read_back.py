@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_prune.base.types import Report, TargetReport
 from lightning_prune.export.read_back import zeros_lost
-from lightning_prune.types import Report, TargetReport
 
 
 def half(*shape: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as TransformersCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer, loader
 from tests.tiny_models import tiny_llama
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.integrations import hf_gradual_shrink, lightning_gradual_shrink
+from lightning_prune.integrations.trainers import hf_gradual_shrink, lightning_gradual_shrink
 from lightning_prune.schedules import Linear
 from lightning_prune.structured.gradual import GradualShrink
 from tests.integrations.trainings import ResumableLoader, TinyModule, hf_trainer, lightning_trainer

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, Mode
 from lightning.pytorch.tuner.tuning import Tuner
 from packaging.version import Version
 
-from lightning_prune.integrations.lightning_trainer import PruningCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback
 from tests.integrations.lightning_nets import BATCHES, Net, cubic, data, net_trainer, zeros
 from tests.loops import assert_same_masks, assert_same_weights
 

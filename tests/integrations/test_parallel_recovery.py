@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import Once, Sparsifier, distributed
-from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.integrations.peft_lora import open_adapter
-from lightning_prune.integrations.peft_merge import merge
-from lightning_prune.targets import find_blocks
+from lightning_prune import Once, Sparsifier
+from lightning_prune.base import distributed
+from lightning_prune.integrations.lora.peft_lora import open_adapter
+from lightning_prune.integrations.lora.peft_merge import merge
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as TransformersCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.targets.targets import find_blocks
 from tests.integrations.test_parallel_trainers import Way, accelerate_shards_on_cpu, assert_same, own_loader
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer
 from tests.processes import Processes

@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import distributed
-from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.sparsifier import Sparsifier
+from lightning_prune.base import distributed
+from lightning_prune.conductor.sparsifier import Sparsifier
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as TransformersCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
 from tests.integrations.trainings import ResumableLoader, TinyModule, hf_trainer, lightning_trainer
 from tests.loops import BATCH, NUM_STEPS, recipe
 from tests.processes import Processes

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import TrainerCallback
 
-from lightning_prune.integrations.hf_trainer import PruningCallback as TransformersCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as TransformersCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
 from tests.integrations.recoveries import PRUNE, recipe, same, with_lightning, with_transformers
 from tests.integrations.trainings import InOrderTrainer, TinyModule, hf_trainer, lightning_trainer, loader
 from tests.loops import BATCH

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.integrations.pruning_run import PruningRun
+from lightning_prune.integrations.runs.pruning_run import PruningRun
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as HFCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
 from tests.integrations.trainings import TinyModule, dataset, hf_trainer, lightning_trainer
 from tests.loops import BATCH, adamw, assert_same_weights, recipe, train
 from tests.tiny_models import tiny_family, tiny_llama, token_windows

@@ -27,8 +27,8 @@ HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 pytestmark = pytest.mark.skipif(
     not (HAS_TRAINERS and HAS_SERVER), reason="needs the extras lightning and hf, and a system that can fork"
 )
-HF_ADAPTER = "lightning_prune.integrations.hf_trainer"
-LIGHTNING_ADAPTER = "lightning_prune.integrations.lightning_trainer"
+HF_ADAPTER = "lightning_prune.integrations.trainers.hf_trainer"
+LIGHTNING_ADAPTER = "lightning_prune.integrations.trainers.lightning_trainer"
 
 Moment = Callable[[str], bool]
 

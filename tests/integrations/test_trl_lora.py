@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_prune import Once, Sparsifier, cli
-from lightning_prune.integrations.peft_lora import open_adapter
+from lightning_prune import Once, Sparsifier
+from lightning_prune.cli import command as cli
+from lightning_prune.integrations.lora.peft_lora import open_adapter
 from tests.integrations.test_trl_sft import command, folder
 
 DATA = os.environ.get("LIGHTNING_PRUNE_DATA")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_prune import cli
+from lightning_prune.cli import command as cli
 from tests.integrations.training_programs import TRANSFORMERS_RECIPE, differences, zeros
 
 DATA = os.environ.get("LIGHTNING_PRUNE_DATA")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.recovery.reading_order import Stage, reading_order
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.tiny_models import tiny_family, token_windows
 
 

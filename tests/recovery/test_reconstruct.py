@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_prune import NM, Once, Sparsifier, Targets
 from lightning_prune.recovery.reconstruct import Reconstruct, ReconstructionReport, reconstruct
 from lightning_prune.scorers.magnitude import Magnitude
-from lightning_prune.targets import Binding
+from lightning_prune.targets.targets import Binding
 from tests.processes import Processes
 from tests.tiny_models import needs_stacked_experts, tiny_family, tiny_llama, tiny_mlp, token_windows
 

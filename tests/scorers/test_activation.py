@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.activation import Activation, activation_score
-from lightning_prune.types import Stats, Target
 
 
 def test_by_hand() -> None:

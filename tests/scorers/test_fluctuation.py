@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.fluctuation import Fluctuation, fluctuation_score
-from lightning_prune.types import Stats, Target
 
 
 def test_by_hand() -> None:

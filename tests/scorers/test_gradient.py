@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.gradient import Gradient
 from lightning_prune.statistics.grad_magnitude import GradMagnitude
-from lightning_prune.types import Stats, Target
 
 
 def test_by_hand() -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.movement import Movement
 from lightning_prune.statistics.movement import Movement as MovementStatistic
-from lightning_prune.types import Stats, Target
 
 
 def scored(weights: list[torch.Tensor], grads: list[torch.Tensor]) -> torch.Tensor:

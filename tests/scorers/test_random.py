@@ -5,8 +5,8 @@ import zlib
 import pytest
 import torch
 
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.random import Random, random_score
-from lightning_prune.types import Stats, Target
 
 
 def scored(*, seed: int = 0, step: int = 0, name: str = "w", row_start: int = 0, num_rows: int = 2) -> torch.Tensor:

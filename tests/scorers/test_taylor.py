@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.taylor import Taylor
 from lightning_prune.statistics.weight_grad import WeightGrad
-from lightning_prune.types import Stats, Target
 
 
 def scored(scorer: Taylor, weight: torch.Tensor, *grads: torch.Tensor) -> torch.Tensor:

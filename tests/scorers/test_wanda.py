@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.masks import keep_rows
+from lightning_prune.base.masks import keep_rows
+from lightning_prune.base.types import Stats, Target
 from lightning_prune.scorers.magnitude import magnitude_score
 from lightning_prune.scorers.wanda import Wanda, wanda_score
-from lightning_prune.types import Stats, Target
 
 
 def test_by_hand() -> None:

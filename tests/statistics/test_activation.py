@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import Targets, hooks
+from lightning_prune import Targets
+from lightning_prune.calibration import hooks
 from lightning_prune.statistics.activation import Activation
 from lightning_prune.statistics.input_norm import InputNorm
 from tests.tiny_models import tiny_llama, token_windows

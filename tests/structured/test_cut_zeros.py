@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.structured.cut_zeros import check_masks_cut_units, cut_zeros
-from lightning_prune.targets import Targets
+from lightning_prune.targets.targets import Targets
 from tests.processes import Processes
 from tests.tiny_models import tiny_llama, token_windows
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.in_place import cut_in_place

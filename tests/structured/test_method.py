@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, is_dataclass
 import pytest
 import torch
 
-from lightning_prune import registry
+from lightning_prune.base import registry
 from lightning_prune.scorers.magnitude import Magnitude
 from lightning_prune.scorers.random import Random
 from lightning_prune.scorers.wanda import Wanda

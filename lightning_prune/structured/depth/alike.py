@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor, nn
 
-from lightning_prune.targets import find_blocks, is_linear
+from lightning_prune.targets.targets import find_blocks, is_linear
 
 __all__ = ["check_alike", "linear_roles", "rank_limits", "weight_of"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.structured.groups import Group, Kind
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 __all__ = ["Part", "SubBlock", "block_input", "bypassed", "first_tensor", "merge_parts", "num_parameters", "sub_blocks"]
 

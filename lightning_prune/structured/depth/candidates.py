@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.structured.depth.bypass import Part, SubBlock, bypassed, num_parameters, sub_blocks
 from lightning_prune.structured.depth.search import Candidate
 from lightning_prune.structured.groups import Cut, Group, zeroed
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 __all__ = [
     "block_candidates",

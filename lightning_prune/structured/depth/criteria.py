@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
-from lightning_prune.calibration import evaluating, to_device
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
+from lightning_prune.calibration.walk import evaluating, to_device
 
 __all__ = [
     "Criterion",

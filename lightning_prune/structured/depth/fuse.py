@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.build import check_whole
 from lightning_prune.structured.depth.alike import check_alike, rank_limits
 from lightning_prune.structured.depth.bypass import bypassed, first_tensor
@@ -40,7 +40,7 @@ from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import Undo, undone_on_error
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 __all__ = ["FuseGPT", "FuseTraining", "macro_influence", "neighbours"]
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune import distributed
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.depth.bypass import block_input, first_tensor
 from lightning_prune.structured.depth.criteria import model_logits
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 __all__ = ["angular_distance", "block_influence", "block_streams", "influence", "run_distance"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 from lightning_prune.structured.depth.bypass import Part, SubBlock
 from lightning_prune.structured.depth.candidates import block_candidates, choose_parts, is_state_space, part_candidates
 from lightning_prune.structured.depth.criteria import Criterion, JensenShannon, NextTokenLoss, SequencePerplexity
@@ -32,7 +32,7 @@ from lightning_prune.structured.depth.search import Removal, Stop
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.structure import Structure
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 __all__ = ["SLEB", "BlockPruner", "FinerCut", "MambaShedder", "RemoveTail", "ShortGPT"]
 

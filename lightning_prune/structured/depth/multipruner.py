@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_prune.bounds import at_least
+from lightning_prune.base.bounds import at_least
 from lightning_prune.structured.depth.bypass import SubBlock, sub_blocks
 from lightning_prune.structured.depth.candidates import (
     choose_parts,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune import distributed
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.depth.bypass import SubBlock, merge_parts
 from lightning_prune.structured.depth.criteria import Criterion, model_logits
 from lightning_prune.structured.depth.search import (
@@ -23,7 +23,7 @@ from lightning_prune.structured.groups import Cut, Plan
 from lightning_prune.structured.method import Batch, StateFile
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import undone_on_error
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 
 __all__ = ["check_no_state_file", "check_number", "describe", "make_plan", "removable", "run_search", "unprotected"]
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
-from lightning_prune.bounds import at_least
-from lightning_prune.calibration import evaluating
+from lightning_prune.base import distributed
+from lightning_prune.base.bounds import at_least
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.depth.bypass import first_tensor
 from lightning_prune.structured.depth.criteria import model_logits
 from lightning_prune.structured.depth.influence import block_streams, run_distance
@@ -30,7 +30,7 @@ from lightning_prune.structured.groups import Group, Plan
 from lightning_prune.structured.method import Batch, StateFile, StructuredMethod
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import undone_on_error
-from lightning_prune.targets import find_blocks, is_linear
+from lightning_prune.targets.targets import find_blocks, is_linear
 
 __all__ = ["ReplaceMe", "fit_map", "merge_map", "output_projection"]
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_prune import distributed
+from lightning_prune.base import distributed
+from lightning_prune.base.whole_file import written_aside
 from lightning_prune.structured.groups import check_seal, sealed
-from lightning_prune.whole_file import written_aside
 
 __all__ = ["Candidate", "Removal", "Step", "Stop", "fingerprint_batches", "fingerprint_model", "greedy_search"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.calibration import evaluating
+from lightning_prune.calibration.walk import evaluating
 
 __all__ = [
     "TOLERANCE",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.structured.groups import Role
-from lightning_prune.targets import is_linear
+from lightning_prune.targets.targets import is_linear
 
 __all__ = ["Dimension", "Norm", "Roles", "partition"]
 

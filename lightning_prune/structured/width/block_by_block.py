@@ -21,10 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed, hooks, registry
-from lightning_prune.calibration import Batch, evaluating, forward_all, walk_blocks
-from lightning_prune.calls import Calls
-from lightning_prune.loss_gradients import observe_gradients
+from lightning_prune.base import distributed, registry
+from lightning_prune.base.types import Scorer, Stats
+from lightning_prune.calibration import hooks
+from lightning_prune.calibration.calls import Calls
+from lightning_prune.calibration.loss_gradients import observe_gradients
+from lightning_prune.calibration.walk import Batch, evaluating, forward_all, walk_blocks
 from lightning_prune.solvers.greedy_output import GreedyOutput, greedy_units, output_energy
 from lightning_prune.structured.discovery.expert_mask import routed_around
 from lightning_prune.structured.groups import Cut, Group, Kind, Member, Plan
@@ -42,8 +44,7 @@ from lightning_prune.structured.width.options import (
 )
 from lightning_prune.structured.width.repair import refit, write_columns_, zero_units_
 from lightning_prune.structured.width.unit_scores import Reduction, standardize, unit_scores
-from lightning_prune.targets import find_blocks, is_linear
-from lightning_prune.types import Scorer, Stats
+from lightning_prune.targets.targets import find_blocks, is_linear
 
 __all__ = ["prune_width"]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
-from lightning_prune.calls import Calls
+from lightning_prune.base import distributed
+from lightning_prune.calibration.calls import Calls
 from lightning_prune.structured.discovery.routing import Pick, watching_picks
 from lightning_prune.structured.groups import Group
 

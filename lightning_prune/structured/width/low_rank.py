@@ -22,13 +22,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed
-from lightning_prune.calibration import Batch
-from lightning_prune.layouts import Stored, Transposed
+from lightning_prune.base import distributed
+from lightning_prune.calibration.walk import Batch
 from lightning_prune.statistics.gram import Gram
 from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.reader_repair import feed
-from lightning_prune.targets import Binding, Targets, find_blocks, is_linear
+from lightning_prune.targets.layouts import Stored, Transposed
+from lightning_prune.targets.targets import Binding, Targets, find_blocks, is_linear
 
 __all__ = [
     "Basis",

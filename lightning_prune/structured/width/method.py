@@ -15,8 +15,9 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_prune import registry
-from lightning_prune.bounds import at_least
+from lightning_prune.base import registry
+from lightning_prune.base.bounds import at_least
+from lightning_prune.base.types import Scorer
 from lightning_prune.scorers.wanda import Wanda
 from lightning_prune.solvers.greedy_output import OutputChooser
 from lightning_prune.structured.depth.planning import check_no_state_file
@@ -26,7 +27,6 @@ from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.width.block_by_block import prune_width
 from lightning_prune.structured.width.options import SUB_BLOCKS, Compensate, WidthOptions
 from lightning_prune.structured.width.unit_scores import Reduction
-from lightning_prune.types import Scorer
 
 __all__ = ["Width"]
 

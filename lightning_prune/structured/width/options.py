@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import distributed, registry
-from lightning_prune.calibration import Batch
+from lightning_prune.base import distributed, registry
+from lightning_prune.base.types import Scorer
+from lightning_prune.calibration.walk import Batch
 from lightning_prune.solvers.greedy_output import GreedyOutput, OutputChooser
 from lightning_prune.structured.groups import Group, Kind, Member
 from lightning_prune.structured.width.unit_scores import Reduction, scored_members
-from lightning_prune.targets import Binding, Targets
-from lightning_prune.types import Scorer
+from lightning_prune.targets.targets import Binding, Targets
 
 __all__ = ["SUB_BLOCKS", "Chooser", "Compensate", "WidthOptions", "bind", "each_once", "fingerprint", "selected"]
 

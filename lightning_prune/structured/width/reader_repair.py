@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import hooks
-from lightning_prune.calibration import Batch, evaluating, forward_all
-from lightning_prune.layouts import Stored, Transposed
+from lightning_prune.base.statistic import Statistic
+from lightning_prune.calibration import hooks
+from lightning_prune.calibration.walk import Batch, evaluating, forward_all
 from lightning_prune.solvers.least_squares import default_damping, least_squares
-from lightning_prune.statistic import Statistic
 from lightning_prune.statistics.gram import Gram
 from lightning_prune.structured.cutting import removal_of, without_orphans
 from lightning_prune.structured.groups import Plan
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import undone_on_error
-from lightning_prune.targets import Binding, is_linear
+from lightning_prune.targets.layouts import Stored, Transposed
+from lightning_prune.targets.targets import Binding, is_linear
 
 __all__ = ["bind_weight", "feed", "lost_columns", "match_spread_", "refit_readers_"]
 

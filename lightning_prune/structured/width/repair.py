@@ -14,7 +14,7 @@ from lightning_prune.solvers.least_squares import default_damping, least_squares
 from lightning_prune.structured.groups import Group
 from lightning_prune.structured.undo import Undo
 from lightning_prune.structured.width.options import WidthOptions
-from lightning_prune.targets import Binding
+from lightning_prune.targets.targets import Binding
 
 __all__ = ["refit", "write_columns_", "zero_units_"]
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calibration import Batch
+from lightning_prune.calibration.walk import Batch
 from lightning_prune.statistics.gram import Gram
 from lightning_prune.structured.build import build_smaller, check_whole, field_edits
 from lightning_prune.structured.discovery.blueprint import Blueprint

@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calibration import Batch
-from lightning_prune.statistic import Statistic
+from lightning_prune.base.statistic import Statistic
+from lightning_prune.calibration.walk import Batch
 from lightning_prune.structured.build import build_smaller, check_whole, field_edits
 from lightning_prune.structured.cutting import without_orphans
 from lightning_prune.structured.discovery.blueprint import Blueprint
@@ -33,7 +33,7 @@ from lightning_prune.structured.width.budgets import chosen
 from lightning_prune.structured.width.options import fingerprint
 from lightning_prune.structured.width.reader_repair import bind_weight, feed, match_spread_, refit_readers_
 from lightning_prune.structured.width.target_shape import target_counts
-from lightning_prune.targets import Binding, is_linear
+from lightning_prune.targets.targets import Binding, is_linear
 
 __all__ = ["Repair", "apply_subclone", "middle_removed", "subclone"]
 

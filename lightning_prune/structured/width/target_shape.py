@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_prune.registry import unknown
+from lightning_prune.base.registry import unknown
 from lightning_prune.structured.discovery.blueprint import Blueprint, leaves
 from lightning_prune.structured.groups import Group
 from lightning_prune.structured.structure import Structure

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from lightning_prune.conditional.instruction import Instruction
-from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
 from lightning_prune.integrations.instruction.condition_run import ConditionRun
 from lightning_prune.integrations.instruction.folder import open_conditional
 from lightning_prune.integrations.instruction.rates import take_in
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.recipe import Recipe
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as HFCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.structure import Stack
 from tests.integrations.trainings import ResumableLoader, TinyModule, hf_trainer, lightning_trainer, resumes_in_place
 from tests.loops import BATCH, NUM_STEPS, assert_same_weights

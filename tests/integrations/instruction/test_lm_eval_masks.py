@@ -11,9 +11,9 @@ from lm_eval.api.instance import Instance
 from torch import Tensor, nn
 
 from lightning_prune.conditional.instruction import Instruction
+from lightning_prune.integrations.evaluation.lm_eval_harness import _check_masks, _Scored
 from lightning_prune.integrations.instruction.lm_eval_masks import ConditionedHFLM, condition_of, instructions_of
 from lightning_prune.integrations.instruction.serving import InstructionModel
-from lightning_prune.integrations.lm_eval_harness import _Scored, evaluate_model
 from lightning_prune.predictors.budget import Budget
 from lightning_prune.structured.structure import Stack
 from tests.model_folders import character_tokenizer
@@ -156,11 +156,8 @@ def test_a_task_without_a_description_needs_a_text() -> None:
 
 
 def test_options_of_masks_without_effect_are_refused(served: InstructionModel) -> None:
-    from lightning_prune.integrations import lm_eval_harness
-
     with pytest.raises(ValueError, match="has no predictor of masks"):
-        lm_eval_harness._check_masks(tiny_llama(), "task", None)
+        _check_masks(tiny_llama(), "task", None)
     with pytest.raises(ValueError, match="set mask_from: task"):
-        lm_eval_harness._check_masks(served.model, "request", "abc")
-    lm_eval_harness._check_masks(served.model, "task", "abc")
-    assert evaluate_model is lm_eval_harness.evaluate_model
+        _check_masks(served.model, "request", "abc")
+    _check_masks(served.model, "task", "abc")

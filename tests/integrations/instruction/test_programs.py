@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import cli
+from lightning_prune.cli import command as cli
 from lightning_prune.integrations.instruction.serving import InstructionModel
 
 DATA = os.environ.get("LIGHTNING_PRUNE_DATA")

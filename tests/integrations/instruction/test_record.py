@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lightning_prune.conditional.instruction import NAME, Instruction, InstructionCondition
-from lightning_prune.integrations.hf_trainer import PruningCallback
 from lightning_prune.integrations.instruction.condition_run import ConditionRun
 from lightning_prune.integrations.instruction.first_token import first_token
 from lightning_prune.integrations.instruction.record import ConditionRecord, num_activated
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback
 from lightning_prune.predictors.budget import Budget
 from lightning_prune.predictors.collapse import Conditioning, overlaps
 from lightning_prune.predictors.prompt import Reads
 from lightning_prune.predictors.sub_model import Selection, SubModels
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.structure import Stack
 from tests.integrations.instruction.test_condition_run import recipe, train_hf
 from tests.loops import NUM_STEPS
@@ -87,7 +87,7 @@ def test_a_served_prompt_is_timed_and_equals_the_masked_model() -> None:
 
 def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     record, condition = ConditionRecord(), conditioned()
-    monkeypatch.setattr("lightning_prune.distributed.is_sharded", lambda tensor: True)
+    monkeypatch.setattr("lightning_prune.base.distributed.is_sharded", lambda tensor: True)
     record.serve(condition, token_windows(1))
     assert record.as_dict(condition)["first_token"]["note"].startswith("the model is sharded")
     assert "serving was not timed" in caplog.text

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_prune import cli
+from lightning_prune.cli import command as cli
 from lightning_prune.conditional.instruction import Instruction
 from lightning_prune.integrations.instruction.folder import save_conditional
 from lightning_prune.integrations.instruction.serving import InstructionModel

@@ -11,9 +11,9 @@ from torch import nn
 from lightning_prune.conditional.early_exit import EarlyExit
 from lightning_prune.conditional.method import Condition, ConditionMethod
 from lightning_prune.conditional.skip_layer import SkipLayer
-from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.recipe import Recipe
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as HFCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.recipe.recipe import Recipe
 from tests.conditional.inserted import insert
 from tests.integrations.instruction.test_condition_run import StopAt
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer, loader, resumes_in_place

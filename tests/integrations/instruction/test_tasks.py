@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune import cli
+from lightning_prune.cli import command as cli
 from lightning_prune.integrations.instruction.serving import InstructionModel
 from lightning_prune.integrations.instruction.tasks import model_of_tasks, read_task_texts
-from lightning_prune.integrations.lightning_trainer import PruningCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback
 from lightning_prune.predictors.budget import Budget
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.groups import Cut, zeroed
 from tests.model_folders import character_tokenizer, write_model_folder
 from tests.tiny_models import tiny_llama

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_prune.conditional.instruction import Instruction
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.structure import Stack
 from tests.integrations.instruction.test_condition_run import dataset, fixed_head, recipe, train_hf, train_lightning
 from tests.loops import BATCH, NUM_STEPS, assert_same_weights

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_prune.conditional.token_router import RoutedTokens
-from lightning_prune.integrations.hf_trainer import PruningCallback as HFCallback
-from lightning_prune.integrations.lightning_trainer import PruningCallback as LightningCallback
-from lightning_prune.recipe import Recipe
+from lightning_prune.integrations.trainers.hf_trainer import PruningCallback as HFCallback
+from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback as LightningCallback
+from lightning_prune.recipe.recipe import Recipe
 from tests.conditional.routed_models import stack_of
 from tests.integrations.instruction.test_condition_run import StopAt
 from tests.integrations.trainings import TinyModule, hf_trainer, lightning_trainer

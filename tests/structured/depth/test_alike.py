@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lightning_prune.structured.depth.alike import check_alike, linear_roles, rank_limits, weight_of
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import tiny_model
 from tests.structured.families import build
 from tests.tiny_models import needs_stacked_experts, tiny_llama

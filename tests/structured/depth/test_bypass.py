@@ -20,7 +20,7 @@ from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.discovery.probe import outputs
 from lightning_prune.structured.discovery.probe_inputs import probe_inputs
 from lightning_prune.structured.groups import Group, Member
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import FAMILIES, family_groups, padded_batches, shake, tiny_model
 from tests.structured.families import build, randomised
 from tests.tiny_models import STACKS_EXPERTS, tiny_llama

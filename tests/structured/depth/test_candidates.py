@@ -18,7 +18,7 @@ from lightning_prune.structured.depth.candidates import (
     unit_runs,
 )
 from lightning_prune.structured.groups import Cut, Group, Member, zeroed
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import family_groups, llama_groups, padded_batches, tiny_model
 from tests.tiny_models import needs_stacked_experts
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.depth.bypass import bypassed
 from lightning_prune.structured.depth.criteria import NextTokenLoss
 from lightning_prune.structured.depth.fuse import FuseGPT, FuseTraining, macro_influence, neighbours

@@ -11,7 +11,7 @@ from lightning_prune.structured.depth.fusing import (
     HiddenSquaredError,
     fused_weight,
 )
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import tiny_model
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.calibration import evaluating
+from lightning_prune.calibration.walk import evaluating
 from lightning_prune.structured.depth.bypass import bypassed
 from lightning_prune.structured.depth.group_replay import check_replay, record, replay
 from lightning_prune.structured.depth.influence import block_streams
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import padded_batches, tiny_model
 from tests.tiny_models import tiny_family, token_windows
 

@@ -14,7 +14,7 @@ from lightning_prune.structured.depth.criteria import NextTokenLoss
 from lightning_prune.structured.depth.influence import block_streams, run_distance
 from lightning_prune.structured.depth.replace import ReplaceMe, fit_map, merge_map, output_projection
 from lightning_prune.structured.groups import Group, Member
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import (
     family_groups,
     llama_groups,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_prune.recipe import Recipe
+from lightning_prune.recipe.recipe import Recipe
 from lightning_prune.structured.depth.alike import linear_roles, weight_of
 from lightning_prune.structured.depth.criteria import NextTokenLoss
 from lightning_prune.structured.depth.influence import block_influence, block_streams
@@ -27,7 +27,7 @@ from lightning_prune.structured.depth.share import (
 from lightning_prune.structured.discovery.discover import discover
 from lightning_prune.structured.groups import Plan, Share
 from lightning_prune.structured.shrink import shrink
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import NOTHING, padded_batches, sampled, shake, stories3m, tiny_model
 from tests.tiny_models import STACKS_EXPERTS, tiny_llama
 

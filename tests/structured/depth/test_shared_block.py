@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.structured.depth.alike import linear_roles
 from lightning_prune.structured.depth.shared_block import SharedLinear, UpdateNorm, share_block
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets.targets import find_blocks
 from tests.structured.depth_models import padded_batches, tiny_model
 
 BATCH = padded_batches(1)[0]

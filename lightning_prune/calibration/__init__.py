@@ -1,0 +1,1 @@
+"""How batches are run and what is observed while a model runs."""

@@ -1,0 +1,1 @@
+"""The conductor and its parts: how decisions become masks that are held in a training."""

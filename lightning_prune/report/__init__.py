@@ -1,0 +1,1 @@
+"""What was pruned: counts, tables, pictures and the page."""

@@ -1,0 +1,1 @@
+"""Which parameters are pruned: told from what a layer is and where it lies."""
