@@ -82,6 +82,20 @@ MUTATIONS = (
         f"{TESTS}/test_gradual.py -k removes_nothing",
     ),
     Mutation(
+        "units are cut by the smoothed sensitivity of all their weights",
+        f"{STRUCTURED}/gradual.py",
+        "            scores[name] = tensors[name].detach().abs() * square.sqrt()",
+        "            scores[name] = tensors[name].detach().abs()",
+        f"{TESTS}/test_gradual.py -k least_sensitive",
+    ),
+    Mutation(
+        "an optimizer that keeps no mean squares is refused after the first step",
+        f"{STRUCTURED}/gradual.py",
+        "        if step == 1 and any(optimizer.state for optimizer in inner):",
+        "        if False:",
+        f"{TESTS}/test_gradual.py -k without_mean_squares",
+    ),
+    Mutation(
         "the tokenizer of a folder with shapes per block opens without its code",
         "integrations/per_layer/per_layer_model.py",
         "                values |= dict.fromkeys(_SHARING)",

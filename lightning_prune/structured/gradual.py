@@ -1,11 +1,13 @@
 """Shrink a model step by step while it trains, so that the training itself gets cheaper.
 
-At every milestone of a schedule the units with the smallest weights are cut out of the tensors, see `in_place`. The
-sparsity of the schedule counts the units of the model that the training started from; the configuration remembers
-their number in `cut_from`, so that a checkpoint of a smaller model goes on where it stopped.
+At every milestone of a schedule the units that matter least are cut out of the tensors, see `in_place`. The sparsity of
+the schedule counts the units of the model that the training started from; the configuration remembers their number in
+`cut_from`, so that a checkpoint of a smaller model goes on where it stopped.
 
-Source: shrinking along the data stream is EfficientLLM's idea, arXiv 2502.06663; the score here is the plain L1 norm of
-    all weights of a unit.
+Source: shrinking along the data stream is EfficientLLM's idea, arXiv 2502.06663; pruning whole feed-forward
+    units by smoothed sensitivity under one learning-rate curve is that of IDEA Prune, arXiv 2503.05920. Ours: the
+    average is the root of the mean square that Adam keeps of each gradient, so that it costs no memory and comes back
+    with the optimizer.
 Cost: per milestone one discovery and, for a moment, a second copy of the smaller model.
 Limits: see `in_place`.
 """
@@ -14,10 +16,10 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.base import distributed
 from lightning_prune.base.types import Schedule
@@ -28,11 +30,13 @@ from lightning_prune.structured.in_place import cut_in_place
 from lightning_prune.structured.structure import Structure
 from lightning_prune.structured.undo import undone_on_error
 from lightning_prune.structured.width.budgets import chosen, step_of, uniform
-from lightning_prune.structured.width.unit_scores import Reduction, unit_scores
+from lightning_prune.structured.width.unit_scores import Reduction, scored_members, unit_scores
 
 __all__ = ["GradualShrink", "fit_to_shapes"]
 
 logger = logging.getLogger(__name__)
+
+Score = Literal["magnitude", "sensitivity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +47,21 @@ class GradualShrink:
         schedule: when units go, and what share of the first model's units is gone then.
         kind: which units.
         multiple_of: the number that stays is a multiple of it.
+        score: what is added up over all weights of a unit: `magnitude`, or `sensitivity`, the magnitude times the root
+            of the mean square that the optimizer keeps of the gradient (Adam and its relatives).
+
+    Raises:
+        ValueError: if the score is unknown.
     """
 
     schedule: Schedule
     kind: Kind = "ffn"
     multiple_of: int = 1
+    score: Score = "magnitude"
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise ValueError(f"score must be one of {', '.join(get_args(Score))}, got {self.score!r}")
 
     def check(self, model: nn.Module, *, total_steps: int) -> None:
         """Check, before any training time is spent, that the model can be shrunk so.
@@ -80,19 +94,22 @@ class GradualShrink:
         Under several processes every rank calls it.
 
         Raises:
-            ValueError: if the model or the optimizers' state cannot be cut.
+            ValueError: if the model or the optimizers' state cannot be cut, or no optimizer keeps what the score needs;
+                the latter is known after the first step.
         """
+        stepped = list(optimizers)
+        inner = [hooks.unwrap_optimizer(optimizer) for optimizer in stepped]
+        if step == 1 and any(optimizer.state for optimizer in inner):  # empty where a scaler skipped the step
+            self._scores(model, discover(model).of_kind(self.kind), inner)
         if not self.schedule.is_due(step, total_steps):
             return False
         sparsity = self.schedule.sparsity_at(step, total_steps)
         structure = discover(model)
-        plan = self._plan(model, structure, sparsity)
+        plan = self._plan(model, structure, sparsity, inner)
         if plan is None:
             return False
         config: Any = model.config
         first = _counted(structure.of_kind(self.kind)) | dict(getattr(config, "cut_from", None) or {})
-        stepped = list(optimizers)
-        inner = [hooks.unwrap_optimizer(optimizer) for optimizer in stepped]
         with undone_on_error(model if wrapper is None else wrapper, inner):
             cut_in_place(model, plan, stepped, wrapper=wrapper, structure=structure)
             config = model.config
@@ -101,16 +118,47 @@ class GradualShrink:
         return True
 
     @torch.no_grad()
-    def _plan(self, model: nn.Module, structure: Structure, sparsity: float) -> Plan | None:
+    def _plan(
+        self, model: nn.Module, structure: Structure, sparsity: float, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Plan | None:
         first: Mapping[str, int] = getattr(model.config, "cut_from", None) or {}
-        weights = {name: tensor.detach().abs() for name, tensor in model.state_dict(keep_vars=True).items()}
-        cuts = []
+        due = []
         for group in structure.of_kind(self.kind):
             keep = self._num_keep(group, first, sparsity)
-            if keep < group.num_units:
-                scores = unit_scores(group, weights, Reduction(members="all"))
-                cuts.append(Cut(group.key, chosen(group, scores, keep)))
-        return Plan(cuts=tuple(cuts), method={"name": type(self).__name__, "sparsity": sparsity}) if cuts else None
+            due += [(group, keep)] if keep < group.num_units else []
+        scores = self._scores(model, [group for group, _ in due], optimizers)
+        cuts = []
+        for group, keep in due:
+            score_U = unit_scores(group, scores, Reduction(members="all"))
+            cuts.append(Cut(group.key, chosen(group, score_U, keep)))
+        method = {"name": type(self).__name__, "sparsity": sparsity, "score": self.score}
+        return Plan(cuts=tuple(cuts), method=method) if cuts else None
+
+    @torch.no_grad()
+    def _scores(
+        self, model: nn.Module, groups: Sequence[Group], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> dict[str, Tensor]:
+        """Return name of a parameter -> scores of its weights, for all that the units are scored by.
+
+        Raises:
+            ValueError: if no optimizer keeps the mean square of a gradient that the score needs.
+        """
+        tensors = model.state_dict(keep_vars=True)
+        names = dict.fromkeys(member.name for group in groups for member in scored_members(group, "all"))
+        if self.score == "magnitude":
+            return {name: tensors[name].detach().abs() for name in names}
+        squares = {id(param): state.get("exp_avg_sq") for one in optimizers for param, state in one.state.items()}
+        scores = {}
+        for name in names:
+            square = squares.get(id(tensors[name]))
+            if square is None or square.shape != tensors[name].shape:
+                kinds = ", ".join(type(one).__name__ for one in optimizers) or "no optimizer"
+                raise ValueError(
+                    f"score 'sensitivity' reads the mean square of the gradient of {name}, which {kinds} does not keep "
+                    "as exp_avg_sq in the shape of the weight; train it with AdamW, or choose score 'magnitude'"
+                )
+            scores[name] = tensors[name].detach().abs() * square.sqrt()
+        return scores
 
     def _num_keep(self, group: Group, first: Mapping[str, int], sparsity: float) -> int:
         """Return how many units stay: a share of those that the first model had."""

@@ -14,7 +14,7 @@ from tests.integrations.trainings import ResumableLoader, TinyModule, hf_trainer
 from tests.loops import NUM_STEPS, adamw, train
 from tests.tiny_models import tiny_llama
 
-SHRINK = GradualShrink(schedule=Linear(sparsity=0.5, start=1, end=NUM_STEPS - 1, interval=2))
+SHRINK = GradualShrink(schedule=Linear(sparsity=0.5, start=1, end=NUM_STEPS - 1, interval=2), score="sensitivity")
 
 
 def bare() -> dict[str, Tensor]:

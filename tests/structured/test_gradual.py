@@ -90,3 +90,46 @@ def test_a_width_that_is_not_set_is_remembered_all_the_same(tmp_path: object) ->
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert shrink.after_step(loaded, [], step=4, total_steps=4)
     assert loaded.config.n_inner == 64
+
+
+def test_sensitivity_cuts_the_least_sensitive_whole_units_and_keeps_the_moments_of_the_others() -> None:
+    model, plain = tiny_llama(), tiny_llama()
+    shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=2, end=6, interval=2), score="sensitivity")
+    ids_NT = token_windows(2, 8)
+    runs = []
+    for one in (model, plain):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        runs.append((one, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)))
+    for step in range(1, 9):
+        for one, optimizer, scheduler in runs:
+            one(input_ids=ids_NT, labels=ids_NT).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        mlp, state = model.model.layers[0].mlp, runs[0][1].state
+        by_row = ((mlp.gate_proj.weight, 1), (mlp.up_proj.weight, 1), (mlp.down_proj.weight, 0))
+        sensitivity_U = sum((w.detach().abs() * state[w]["exp_avg_sq"].sqrt()).sum(dim) for w, dim in by_row)
+        magnitude_U = sum(w.detach().abs().sum(dim) for w, dim in by_row)
+        moments = {(dim, idx): state[w]["exp_avg"].clone() for idx, (w, dim) in enumerate(by_row)}
+        if shrink.after_step(model, [runs[0][1]], step=step, total_steps=8):
+            width = model.config.intermediate_size
+            best = sensitivity_U.argsort(descending=True)[:width].sort().values
+            assert not torch.equal(best, magnitude_U.argsort(descending=True)[:width].sort().values)
+            for idx, (layer, dim) in enumerate(((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1))):
+                was = moments[1 - dim, idx].index_select(dim, best)
+                assert torch.equal(state[layer.weight]["exp_avg"], was)
+        # one learning-rate curve: the user's scheduler goes on as if nothing were pruned
+        assert runs[0][1].param_groups[0]["lr"] == runs[1][1].param_groups[0]["lr"]
+    assert model.config.intermediate_size == 24
+
+
+def test_sensitivity_refuses_an_optimizer_without_mean_squares_after_the_first_step() -> None:
+    model, ids_NT = tiny_llama(), token_windows(2, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    model(input_ids=ids_NT, labels=ids_NT).loss.backward()
+    optimizer.step()
+    shrink = GradualShrink(schedule=Linear(sparsity=0.5, start=4, end=6), score="sensitivity")
+    with pytest.raises(ValueError, match=r"which SGD does not keep as exp_avg_sq .*; train it with AdamW"):
+        shrink.after_step(model, [optimizer], step=1, total_steps=8)
+    with pytest.raises(ValueError, match="score must be one of magnitude, sensitivity, got 'loud'"):
+        GradualShrink(schedule=Linear(sparsity=0.5, start=4, end=6), score="loud")  # type: ignore[arg-type]
