@@ -22,7 +22,7 @@ stories with its own tokenizer and then for a few steps on the eight kinds. No l
 
 A run adds its rows to the result file, in place of those of the same parent, seed, arm and share, and leaves out what
 the file has of the same code already; `code` is the last commit of the library that a row was measured with, and
-`processor` what it ran on: another one rounds otherwise, by which a loss differs by up to 0.01.
+`processor` what it ran on, since another one rounds otherwise.
 """
 
 import argparse
