@@ -126,8 +126,9 @@ class Instruction(ConditionMethod):
             raise ValueError(f"kinds names each kind of unit once and at least one, got {list(self.kinds)}")
         if not 0 <= self.ramp < 1:
             raise ValueError(f"ramp must be in [0, 1), a share of the training, got {self.ramp}")
-        if not 0 < self.rate < math.inf:
-            raise ValueError(f"rate multiplies a learning rate and must be positive, got {self.rate}")
+        if not 0 < self.rate <= 1000:
+            raise ValueError(f"rate multiplies a learning rate and must lie in (0, 1000], got {self.rate}")
+        at_least(0, seed=self.seed)
 
     def insert(
         self, model: nn.Module, stack: Stack, structure: Structure | None = None, *, plain: nn.Module | None = None

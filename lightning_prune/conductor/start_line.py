@@ -26,7 +26,7 @@ def start_line(model: nn.Module, selection: Selection, schedule: Schedule, total
         schedule: says how far, and when.
         total_steps: optimizer steps of the training; None if all is pruned at once.
     """
-    return f"{_what(schedule, total_steps)} {summary(model, selection)}"
+    return f"{_what(schedule, total_steps, selection)} {summary(model, selection)}"
 
 
 def summary(model: nn.Module, selection: Selection) -> str:
@@ -57,9 +57,11 @@ def _remarks(model: nn.Module, selection: Selection) -> Iterator[str]:
         yield f"kept weights grow under the spectral norm of {len(growing)} of them ({growing[0]})"
 
 
-def _what(schedule: Schedule, total_steps: int | None) -> str:
+def _what(schedule: Schedule, total_steps: int | None, selection: Selection) -> str:
     if isinstance(schedule, Existing):
-        return "holding the zeros of"
+        weights = (distributed.local(binding.parameter.detach()) for binding in selection.targets)
+        is_sparse = any(bool((weight == 0).any()) for weight in weights)
+        return "holding the zeros of" if is_sparse else "pruning nothing, and no zeros to hold, in"
     if total_steps is None:
         return f"pruning {schedule.sparsity:.4g} at once of"
     start, end, interval = schedule.resolve(total_steps)

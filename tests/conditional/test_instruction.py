@@ -275,6 +275,33 @@ def test_budgets_that_do_not_fit_are_refused(budget: dict[str, Any], said: str) 
         conditioned(tiny_llama(), budget=Budget(**budget))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"rate": 1e30}, r"rate .* \(0, 1000\], got 1e\+30"), ({"rate": 0.0}, "rate"), ({"seed": -1}, "seed")],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Instruction(budget=Budget(keep=0.5), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does, of SoftTopK
+def test_a_compiled_model_computes_and_learns_the_same() -> None:
+    model = tiny_llama().train()
+    condition = conditioned(model)
+    condition.begin(total_steps=4)
+    expected = model(**batch()).loss
+    expected.backward()
+    gradient = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad()
+    loss = torch.compile(model, backend="aot_eager")(**batch()).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert any("mask_predictor" in name for name in gradient)
+    for name, one in model.named_parameters():
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, gradient[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_second_predictor_is_refused() -> None:
     model = tiny_llama()
     conditioned(model)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_prune import Cubic, Once, Sparsifier, Targets
+from lightning_prune import Cubic, Existing, Once, Sparsifier, Targets
 from lightning_prune.conductor.start_line import announce, start_line
 from tests.tiny_models import tiny_llama
 
@@ -28,6 +28,15 @@ def test_pruning_at_once_has_no_ramp() -> None:
         "pruning 0.5 at once of 1 weights of 16 parameters, 100.0% of the model"
     )
     assert start_line(model, selection, Once(sparsity=0.5, at=3), 9).startswith("pruning 0.5 at step 3 of 9 of 1 w")
+
+
+def test_without_pruning_it_tells_whether_there_are_zeros_to_hold() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    selection = Targets().select(model)
+    assert start_line(model, selection, Existing(), 9).startswith("pruning nothing, and no zeros to hold, in 1 weights")
+    with torch.no_grad():
+        model.weight[0, 0] = 0
+    assert start_line(model, selection, Existing(), 9).startswith("holding the zeros of 1 weights")
 
 
 @pytest.mark.parametrize(("width", "words"), [(30, "900"), (55, "3.02 k"), (1400, "1.96 M")])
