@@ -284,6 +284,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) ->
         Instruction(budget=Budget(keep=0.5), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does, of SoftTopK
 def test_a_compiled_model_computes_and_learns_the_same() -> None:
     model = tiny_llama().train()
