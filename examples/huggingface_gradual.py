@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lightning_prune import Recipe
-from lightning_prune.integrations.trainers.hf_trainer import PruningCallback
+from lightning_prune.hf import PruningCallback
 
 
 def rows(length: int = 64) -> list[dict[str, torch.Tensor]]:

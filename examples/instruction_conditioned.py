@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lightning_prune import Recipe
+from lightning_prune.hf import PruningCallback
 from lightning_prune.integrations.instruction.serving import InstructionModel
-from lightning_prune.integrations.trainers.hf_trainer import PruningCallback
 
 TASKS = {"copy: ": lambda text: text, "backwards: ": lambda text: text[::-1], "shout: ": str.upper}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_prune.integrations.trainers.lightning_trainer import PruningCallback
+from lightning_prune.lightning import PruningCallback
 
 
 def windows(length: int = 64) -> Tensor:

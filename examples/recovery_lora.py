@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lightning_prune import Once, Recipe, Sparsifier
-from lightning_prune.integrations.trainers.hf_trainer import PruningCallback
+from lightning_prune.hf import PruningCallback
 from lightning_prune.scorers.wanda import Wanda
 
 

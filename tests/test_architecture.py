@@ -47,6 +47,8 @@ ROOMS = (
     "integrations.folders",
     "integrations.demo",
     "integrations.programs",
+    "hf",
+    "lightning",
 )
 # One method a file: these know nothing of each other.
 SIBLINGS = {"allocations", "scorers", "solvers", "statistics"}

@@ -17,6 +17,8 @@ import yaml
 from torch import nn
 
 import lightning_prune
+import lightning_prune.hf
+import lightning_prune.lightning
 import lightning_prune.structured
 from lightning_prune import Once, Recipe, Sparsifier
 from lightning_prune.cli import command as cli
@@ -230,7 +232,8 @@ def test_the_files_of_the_repository_are_read_as_they_should() -> None:
 
 def test_public_names_are_those_of_the_page() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", text_of(ROOT / "docs" / "versions.md"), re.MULTILINE)
-    for module in (lightning_prune, lightning_prune.structured):
+    doors = (lightning_prune.lightning, lightning_prune.hf)
+    for module in (lightning_prune, lightning_prune.structured, *doors):
         assert sorted(re.findall(r"`(\w+)`", dict(rows)[module.__name__])) == sorted(module.__all__)
 
 
