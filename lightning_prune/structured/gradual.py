@@ -99,7 +99,8 @@ class GradualShrink:
         """
         stepped = list(optimizers)
         inner = [hooks.unwrap_optimizer(optimizer) for optimizer in stepped]
-        if step == 1 and any(optimizer.state for optimizer in inner):  # empty where a scaler skipped the step
+        # before the first step, or where a scaler skipped it, there is no state
+        if self.score == "sensitivity" and step == 1 and any(one.state for one in inner):
             self._scores(model, discover(model).of_kind(self.kind), inner)
         if not self.schedule.is_due(step, total_steps):
             return False
