@@ -10,43 +10,110 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_prune.allocations.erdos_renyi import ErdosRenyi
+    from lightning_prune.allocations.global_rank import GlobalRank
+    from lightning_prune.allocations.owl import OWL
+    from lightning_prune.allocations.uniform import Uniform
     from lightning_prune.base.types import Report
+    from lightning_prune.conditional.conditional_adapter import ConditionalAdapter
+    from lightning_prune.conditional.early_exit import EarlyExit
+    from lightning_prune.conditional.expert_choice import ExpertChoice
+    from lightning_prune.conditional.heavy_light import HeavyLight
+    from lightning_prune.conditional.instruction import Instruction
+    from lightning_prune.conditional.skip_layer import SkipLayer
+    from lightning_prune.conditional.task_units import TaskUnits
     from lightning_prune.conductor.guard import MetricGuard
     from lightning_prune.conductor.sparsifier import Sparsifier
     from lightning_prune.granularity import NM, Block, Channel, Unstructured
     from lightning_prune.recipe.recipe import Recipe
     from lightning_prune.schedules import Cosine, Cubic, Existing, Geometric, Linear, Once
+    from lightning_prune.scorers.activation import Activation
+    from lightning_prune.scorers.fluctuation import Fluctuation
+    from lightning_prune.scorers.gradient import Gradient
+    from lightning_prune.scorers.magnitude import Magnitude
+    from lightning_prune.scorers.movement import Movement
+    from lightning_prune.scorers.random import Random
+    from lightning_prune.scorers.taylor import Taylor
+    from lightning_prune.scorers.wanda import Wanda
+    from lightning_prune.structured import Cut, GradualShrink, Plan, Structure, Width, discover, masked, shrink
     from lightning_prune.targets.targets import Targets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "OWL",
+    "Activation",
     "Block",
     "Channel",
+    "ConditionalAdapter",
     "Cosine",
     "Cubic",
+    "Cut",
+    "EarlyExit",
+    "ErdosRenyi",
     "Existing",
+    "ExpertChoice",
+    "Fluctuation",
     "Geometric",
+    "GlobalRank",
+    "Gradient",
+    "GradualShrink",
+    "HeavyLight",
+    "Instruction",
     "Linear",
+    "Magnitude",
     "MetricGuard",
+    "Movement",
     "Once",
+    "Plan",
+    "Random",
     "Recipe",
     "Report",
+    "SkipLayer",
     "Sparsifier",
+    "Structure",
     "Targets",
+    "TaskUnits",
+    "Taylor",
+    "Uniform",
     "Unstructured",
+    "Wanda",
+    "Width",
+    "discover",
+    "masked",
+    "shrink",
 ]
 
 # Imported when they are first used, so that the command line answers at once.
 _HOMES = {
-    "granularity": ("NM", "Block", "Channel", "Unstructured"),
+    "allocations.erdos_renyi": ("ErdosRenyi",),
+    "allocations.global_rank": ("GlobalRank",),
+    "allocations.owl": ("OWL",),
+    "allocations.uniform": ("Uniform",),
+    "base.types": ("Report",),
+    "conditional.conditional_adapter": ("ConditionalAdapter",),
+    "conditional.early_exit": ("EarlyExit",),
+    "conditional.expert_choice": ("ExpertChoice",),
+    "conditional.heavy_light": ("HeavyLight",),
+    "conditional.instruction": ("Instruction",),
+    "conditional.skip_layer": ("SkipLayer",),
+    "conditional.task_units": ("TaskUnits",),
     "conductor.guard": ("MetricGuard",),
+    "conductor.sparsifier": ("Sparsifier",),
+    "granularity": ("NM", "Block", "Channel", "Unstructured"),
     "recipe.recipe": ("Recipe",),
     "schedules": ("Cosine", "Cubic", "Existing", "Geometric", "Linear", "Once"),
-    "conductor.sparsifier": ("Sparsifier",),
+    "scorers.activation": ("Activation",),
+    "scorers.fluctuation": ("Fluctuation",),
+    "scorers.gradient": ("Gradient",),
+    "scorers.magnitude": ("Magnitude",),
+    "scorers.movement": ("Movement",),
+    "scorers.random": ("Random",),
+    "scorers.taylor": ("Taylor",),
+    "scorers.wanda": ("Wanda",),
+    "structured": ("Cut", "GradualShrink", "Plan", "Structure", "Width", "discover", "masked", "shrink"),
     "targets.targets": ("Targets",),
-    "base.types": ("Report",),
 }
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_prune.base import registry
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_prune"
 ADAPTERS = ROOT / "integrations"
@@ -289,5 +291,18 @@ def test_public_names_arrive_when_they_are_used() -> None:
     assert set(lightning_prune.__all__) <= set(dir(lightning_prune))
     for name in lightning_prune.__all__:
         assert getattr(lightning_prune, name).__name__ == name
+    tree = parse(PACKAGE / "__init__.py")
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))  # what editors and type checkers see
+    seen = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(block)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {f"lightning_prune.{home}.{name}" for home, names in lightning_prune._HOMES.items() for name in names}
+    assert seen == homes
+    assert {name.rpartition(".")[2] for name in homes} == set(lightning_prune.__all__)
+    for room in ("scorers", "allocations", "conditional", "granularity", "schedules"):
+        assert {entry.cls.__name__ for entry in registry.entries(room)} <= set(lightning_prune.__all__), room
     with pytest.raises(AttributeError, match="module 'lightning_prune' has no attribute 'Sparsifer'"):
         lightning_prune.Sparsifer  # noqa: B018
